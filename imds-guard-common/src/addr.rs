@@ -1,0 +1,60 @@
+//! Addresses as the kernel programs compare them: 32-bit words in network byte order.
+
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// An address as four words in network byte order; IPv4 in its IPv4-mapped form (RFC 4291, 2.5.5.2).
+pub type Words = [u32; 4];
+
+/// The third word of an IPv4-mapped IPv6 address (`::ffff:a.b.c.d`), in network byte order.
+pub const MAPPED_MARK: u32 = 0xffff_u32.to_be();
+
+/// An IPv4 address as one word in network byte order.
+#[must_use]
+pub const fn word(address: Ipv4Addr) -> u32 {
+    u32::from_ne_bytes(address.octets())
+}
+
+/// Any IP address as four words.
+#[must_use]
+pub const fn words(address: IpAddr) -> Words {
+    match address {
+        IpAddr::V4(v4) => mapped(word(v4)),
+        IpAddr::V6(v6) => words6(v6),
+    }
+}
+
+/// An IPv4 address, given as one word, in its IPv4-mapped form.
+#[must_use]
+pub const fn mapped(v4: u32) -> Words {
+    [0, 0, MAPPED_MARK, v4]
+}
+
+/// Whether the words are an IPv4-mapped address.
+#[must_use]
+pub const fn is_mapped(words: &Words) -> bool {
+    words[0] == 0 && words[1] == 0 && words[2] == MAPPED_MARK
+}
+
+const fn words6(address: Ipv6Addr) -> Words {
+    let o = address.octets();
+    [
+        u32::from_ne_bytes([o[0], o[1], o[2], o[3]]),
+        u32::from_ne_bytes([o[4], o[5], o[6], o[7]]),
+        u32::from_ne_bytes([o[8], o[9], o[10], o[11]]),
+        u32::from_ne_bytes([o[12], o[13], o[14], o[15]]),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ipv4_becomes_its_mapped_form() {
+        let v4 = Ipv4Addr::new(169, 254, 169, 254);
+        let mapped_words = words(IpAddr::V4(v4));
+        assert_eq!(mapped_words, words(IpAddr::V6(v4.to_ipv6_mapped())));
+        assert!(is_mapped(&mapped_words));
+        assert!(!is_mapped(&words(IpAddr::V6(Ipv6Addr::LOCALHOST))));
+    }
+}
