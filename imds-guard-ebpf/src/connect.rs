@@ -1,0 +1,192 @@
+//! `connect(2)`: match, let the guard's own upstream pass, remember the caller, rewrite.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::bpf_sock_addr,
+    helpers::{
+        bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+        generated::{
+            bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie,
+            bpf_ktime_get_boot_ns,
+        },
+    },
+    programs::SockAddrContext,
+};
+use aya_log_ebpf::{debug, warn};
+use imds_guard_common::{
+    addr::{MAPPED_MARK, Words},
+    event::Counter,
+    flow::{Family, Origin},
+};
+
+use crate::maps;
+
+const ALLOW: i32 = 1;
+/// `connect(2)` fails with EPERM.
+const REFUSE: i32 = 0;
+const IPPROTO_TCP: u32 = 6;
+
+/// Whether a matched connection goes on, and if so, whether it was claimed for the guard.
+enum Claim {
+    Redirect,
+    LeaveAlone,
+    Refuse,
+}
+
+/// `connect(2)` on an `AF_INET` socket. Calls that are not ours leave after two compares.
+#[inline(always)]
+pub fn v4(ctx: &SockAddrContext) -> i32 {
+    let addr = ctx.sock_addr;
+    // SAFETY: the context is valid while the program runs; these fields are readable in connect4.
+    let (port, ip) = unsafe { ((*addr).user_port, (*addr).user_ip4) };
+    if port != maps::IMDS_PORT.load() || ip != maps::IMDS_V4.load() {
+        return ALLOW;
+    }
+    match claim(ctx, Family::Ipv4) {
+        Claim::LeaveAlone => ALLOW,
+        Claim::Refuse => REFUSE,
+        Claim::Redirect => {
+            // SAFETY: as above; both fields are writable in connect4.
+            unsafe {
+                (*addr).user_ip4 = maps::LISTENER_V4.load();
+                (*addr).user_port = maps::LISTENER_PORT.load();
+            }
+            ALLOW
+        }
+    }
+}
+
+/// `connect(2)` on an `AF_INET6` socket, which can ask for an IPv4-mapped address, too.
+#[inline(always)]
+pub fn v6(ctx: &SockAddrContext) -> i32 {
+    let addr = ctx.sock_addr;
+    // SAFETY: the context is valid while the program runs; this field is readable in connect6.
+    if unsafe { (*addr).user_port } != maps::IMDS_PORT.load() {
+        return ALLOW;
+    }
+    let ip = read_ip6(addr);
+    let (family, listener) = if ip == maps::IMDS_V6.load() {
+        (Family::Ipv6, maps::LISTENER_V6.load())
+    } else if ip == [0, 0, MAPPED_MARK, maps::IMDS_V4.load()] {
+        (
+            Family::Ipv4Mapped,
+            [0, 0, MAPPED_MARK, maps::LISTENER_V4.load()],
+        )
+    } else {
+        return ALLOW;
+    };
+    match claim(ctx, family) {
+        Claim::LeaveAlone => ALLOW,
+        Claim::Refuse => REFUSE,
+        Claim::Redirect => {
+            write_ip6(addr, &listener);
+            // SAFETY: the context is valid; the field is writable in connect6.
+            unsafe { (*addr).user_port = maps::LISTENER_PORT.load() };
+            ALLOW
+        }
+    }
+}
+
+#[inline(always)]
+fn claim(ctx: &SockAddrContext, family: Family) -> Claim {
+    // SAFETY: plain reads of a valid context, and a helper that takes it.
+    let (protocol, cookie) = unsafe {
+        (
+            (*ctx.sock_addr).protocol,
+            bpf_get_socket_cookie(ctx.as_ptr()),
+        )
+    };
+    if protocol != IPPROTO_TCP {
+        return Claim::LeaveAlone;
+    }
+    // SAFETY: the value is only tested for presence.
+    if unsafe { maps::EXEMPT.get(cookie) }.is_some() {
+        maps::count(Counter::Exempt);
+        return Claim::LeaveAlone;
+    }
+    let mut origin = caller(ctx, cookie, family);
+    if !remember(ctx, &mut origin) {
+        return if maps::enforcing() {
+            maps::count(Counter::OriginRefused);
+            warn!(ctx, "pid {} refused: no memory to remember it", origin.pid);
+            Claim::Refuse
+        } else {
+            maps::count(Counter::OriginBypassed);
+            warn!(
+                ctx,
+                "pid {} not redirected: no memory to remember it", origin.pid
+            );
+            Claim::LeaveAlone
+        };
+    }
+    maps::count(Counter::Redirected);
+    debug!(ctx, "pid {} redirected, socket {}", origin.pid, cookie);
+    Claim::Redirect
+}
+
+#[inline(always)]
+fn caller(ctx: &SockAddrContext, cookie: u64, family: Family) -> Origin {
+    let pid_tgid = bpf_get_current_pid_tgid();
+    let uid_gid = bpf_get_current_uid_gid();
+    // SAFETY: helpers without preconditions; the context is valid.
+    let (cgroup_id, netns_cookie, connected_at) = unsafe {
+        (
+            bpf_get_current_cgroup_id(),
+            bpf_get_netns_cookie(ctx.as_ptr()),
+            bpf_ktime_get_boot_ns(),
+        )
+    };
+    Origin {
+        cookie,
+        cgroup_id,
+        netns_cookie,
+        connected_at,
+        pid: (pid_tgid >> 32) as u32,
+        tid: pid_tgid as u32,
+        uid: uid_gid as u32,
+        gid: (uid_gid >> 32) as u32,
+        comm: bpf_get_current_comm().unwrap_or_default(),
+        family: family as u32,
+        padding: 0,
+    }
+}
+
+/// Keeps the caller with its socket; a second connect on the same socket replaces the first.
+#[inline(always)]
+fn remember(ctx: &SockAddrContext, origin: &mut Origin) -> bool {
+    // SAFETY: the context's socket is valid, and the stored value is this socket's own.
+    unsafe {
+        let stored = maps::PENDING.get_or_insert_ptr_mut(ctx, Some(origin));
+        if stored.is_null() {
+            return false;
+        }
+        *stored = *origin;
+    }
+    true
+}
+
+/// The address, word by word: the verifier refuses array copies from a context.
+#[inline(always)]
+pub fn read_ip6(addr: *const bpf_sock_addr) -> Words {
+    // SAFETY: the context is valid, and user_ip6 is readable in connect6 and getpeername6.
+    unsafe {
+        [
+            (&raw const (*addr).user_ip6[0]).read_volatile(),
+            (&raw const (*addr).user_ip6[1]).read_volatile(),
+            (&raw const (*addr).user_ip6[2]).read_volatile(),
+            (&raw const (*addr).user_ip6[3]).read_volatile(),
+        ]
+    }
+}
+
+/// Writes the address, word by word.
+#[inline(always)]
+pub fn write_ip6(addr: *mut bpf_sock_addr, words: &Words) {
+    // SAFETY: the context is valid, and user_ip6 is writable in connect6 and getpeername6.
+    unsafe {
+        (&raw mut (*addr).user_ip6[0]).write_volatile(words[0]);
+        (&raw mut (*addr).user_ip6[1]).write_volatile(words[1]);
+        (&raw mut (*addr).user_ip6[2]).write_volatile(words[2]);
+        (&raw mut (*addr).user_ip6[3]).write_volatile(words[3]);
+    }
+}

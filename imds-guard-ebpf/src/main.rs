@@ -1,0 +1,55 @@
+//! imds-guard's kernel programs: entry points only.
+//!
+//! `connect*` turns connections for a metadata endpoint to the guard's listener, `sockops` tells the
+//! listener who made them, `getpeername*` shows the client the address it asked for.
+#![no_std]
+#![no_main]
+#![allow(
+    missing_docs,
+    reason = "the entry points are documented in their modules"
+)]
+
+mod connect;
+mod maps;
+mod peername;
+mod sockops;
+
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, sock_ops},
+    programs::{SockAddrContext, SockOpsContext},
+};
+
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    connect::v4(&ctx)
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    connect::v6(&ctx)
+}
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+    peername::v4(&ctx)
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+    peername::v6(&ctx)
+}
+
+#[sock_ops]
+pub fn publish_caller(ctx: SockOpsContext) -> u32 {
+    sockops::publish(&ctx)
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+/// The licence the kernel is told: helpers marked GPL-only need one that is compatible.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
