@@ -1,0 +1,94 @@
+//! Who is asking.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The process behind a connection.
+///
+/// The first group of fields comes from the kernel, taken while the process was in `connect(2)`: it
+/// is always true. The second is read from `/proc` while the process waits for its answer, and is
+/// there only if it surely belongs to the same process (`resolved`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Caller {
+    /// Process id (the kernel's tgid) in the host's pid namespace.
+    pub pid: u32,
+    /// Thread id (the kernel's pid) in the host's pid namespace.
+    pub tid: u32,
+    /// Real user id in the host's user namespace.
+    pub uid: u32,
+    /// Real group id in the host's user namespace.
+    pub gid: u32,
+    /// Name of the calling thread; the process can choose it freely.
+    pub comm: String,
+    /// Inode of the process's cgroup v2 directory.
+    pub cgroup_id: u64,
+    /// The kernel's number for the network namespace of the socket.
+    pub netns_cookie: u64,
+    /// Whose network namespace that is.
+    pub netns: Netns,
+
+    /// Whether the process was found in `/proc`, and is the one that connected.
+    pub resolved: bool,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub unresolved: Option<Unresolved>,
+    /// The running program. In a container, the path as seen inside; ` (deleted)` is the kernel's
+    /// mark for a file that is gone.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub exe: Option<String>,
+    /// The command line, as configured: with what looks like a secret replaced by `[redacted]`
+    /// (default), whole, or not at all. The process can change it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub command_line: Option<Vec<String>>,
+    /// When the process started (RFC 3339, UTC; to 10 ms).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub started: Option<String>,
+    /// Its ancestors, nearest first, up to init.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub parents: Vec<Parent>,
+    /// Path of its cgroup.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub cgroup: Option<String>,
+    /// Name of the user on the host; not given for processes in containers, which have users of
+    /// their own.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub user: Option<String>,
+    /// The systemd unit it runs in.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub systemd_unit: Option<String>,
+    /// Id of the container it runs in.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub container_id: Option<String>,
+}
+
+/// An ancestor of the caller.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Parent {
+    /// Process id in the host's pid namespace.
+    pub pid: u32,
+    /// The running program; missing for kernel threads.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub exe: Option<String>,
+}
+
+/// Whose network namespace a socket lives in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Netns {
+    /// The guard's own, the host's.
+    Host,
+    /// Another one: a container's, for instance.
+    Other,
+}
+
+/// Why a process could not be named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Unresolved {
+    /// It was gone when the guard looked.
+    Gone,
+    /// Its pid belongs to a process that started after the connection was made.
+    PidReused,
+    /// `/proc` could not be read.
+    Unreadable,
+}

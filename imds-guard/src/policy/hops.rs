@@ -1,0 +1,45 @@
+//! How far a request has come.
+
+/// First TTLs that systems in use send with (Linux, macOS, BSD: 64; Windows: 128; network gear: 255).
+const INITIAL_TTLS: [u8; 3] = [64, 128, 255];
+
+/// Network hops between the caller and the guard, as the instance would count them: 1 from the
+/// guard's own network namespace, 2 from another one (a bridged or CNI container), and one more for
+/// each router that took one off the connection's TTL.
+///
+/// `syn_ttl` is the TTL (IPv6: hop limit) with which the connection's SYN arrived.
+#[must_use]
+pub fn hops(same_netns: bool, syn_ttl: Option<u8>) -> u8 {
+    let base = if same_netns { 1 } else { 2 };
+    let lost = syn_ttl.map_or(0, |ttl| {
+        let initial = INITIAL_TTLS
+            .into_iter()
+            .find(|initial| *initial >= ttl)
+            .unwrap_or(u8::MAX);
+        initial - ttl
+    });
+    lost.saturating_add(base)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::hops;
+
+    #[test]
+    fn hops_are_counted_as_the_instance_does() {
+        let table = [
+            (true, None, 1),
+            (true, Some(64), 1),
+            (false, None, 2),
+            (false, Some(64), 2),
+            (false, Some(63), 3),
+            (false, Some(127), 3),
+            (true, Some(255), 1),
+            (false, Some(0), 66),
+            (false, Some(129), 128),
+        ];
+        for (same_netns, ttl, expected) in table {
+            assert_eq!(hops(same_netns, ttl), expected, "{same_netns} {ttl:?}");
+        }
+    }
+}
