@@ -1,0 +1,163 @@
+//! What a cgroup path tells: systemd unit and container.
+
+/// The contents of `/proc/PID/cgroup`.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Cgroups {
+    /// Path in the cgroup v2 hierarchy.
+    unified: Option<String>,
+    /// Paths in v1 hierarchies, on hybrid hosts, deepest first.
+    legacy: Vec<String>,
+}
+
+impl Cgroups {
+    /// Reads lines of the form `hierarchy:controllers:path` (cgroups(7)).
+    pub fn parse(text: &str) -> Self {
+        let mut cgroups = Self::default();
+        for line in text.lines() {
+            let mut fields = line.splitn(3, ':');
+            match (fields.next(), fields.next(), fields.next()) {
+                (Some("0"), Some(""), Some(path)) => cgroups.unified = Some(path.to_owned()),
+                (_, _, Some(path)) => cgroups.legacy.push(path.to_owned()),
+                _ => {}
+            }
+        }
+        cgroups
+            .legacy
+            .sort_by_key(|path| std::cmp::Reverse(path.matches('/').count()));
+        cgroups
+    }
+
+    /// The path in the cgroup v2 hierarchy.
+    pub fn path(self) -> Option<String> {
+        self.unified
+    }
+
+    /// The systemd unit: the outermost component that is no slice. `user@1000.service` is the unit
+    /// even of what the user's own systemd starts: that manager names its units as it likes.
+    pub fn systemd_unit(&self) -> Option<String> {
+        self.paths().find_map(|path| {
+            let unit = path.split('/').find(|part| {
+                part.ends_with(".service") || part.ends_with(".scope") || part.ends_with(".socket")
+            })?;
+            Some(unescape(unit))
+        })
+    }
+
+    /// The innermost component that is, or ends in, 64 hex digits, as all runtimes name containers:
+    /// `docker-ID.scope`, `cri-containerd-ID.scope`, `crio-ID`, `libpod-ID.scope`, `…:docker:ID`, `ID`.
+    pub fn container_id(&self) -> Option<String> {
+        self.paths()
+            .find_map(|path| path.split('/').rev().find_map(container_id))
+    }
+
+    fn paths(&self) -> impl Iterator<Item = &str> {
+        self.unified.iter().chain(&self.legacy).map(String::as_str)
+    }
+}
+
+fn container_id(part: &str) -> Option<String> {
+    let name = part.strip_suffix(".scope").unwrap_or(part);
+    // conmon supervises a container from outside.
+    if name.contains("-conmon-") {
+        return None;
+    }
+    let id = name.rsplit(['-', ':']).next()?;
+    (id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| id.to_owned())
+}
+
+/// systemd writes bytes that it cannot use in a unit name as `\xNN` (systemd.unit(5)); names that
+/// would not be a cgroup name get a `_` in front.
+fn unescape(unit: &str) -> String {
+    let mut bytes = Vec::with_capacity(unit.len());
+    let mut rest = unit;
+    while let Some(at) = rest.find("\\x") {
+        bytes.extend_from_slice(&rest.as_bytes()[..at]);
+        match rest
+            .get(at + 2..at + 4)
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok())
+        {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &rest[at + 4..];
+            }
+            None => {
+                bytes.extend_from_slice(b"\\x");
+                rest = &rest[at + 2..];
+            }
+        }
+    }
+    bytes.extend_from_slice(rest.as_bytes());
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: &str = "3f4a0e6d1b2c5e7f9a8b7c6d5e4f3a2b1c0d9e8f7a6b5c4d3e2f1a0b9c8d7e6f";
+
+    #[test]
+    fn units_and_containers_are_found() {
+        let table = [
+            ("0::/", None, None),
+            ("0::/system.slice/cron.service", Some("cron.service"), None),
+            (
+                "0::/user.slice/user-1000.slice/session-3.scope",
+                Some("session-3.scope"),
+                None,
+            ),
+            (
+                "0::/user.slice/user-1000.slice/user@1000.service/app.slice/editor.service",
+                Some("user@1000.service"),
+                None,
+            ),
+            (
+                r"0::/system.slice/system-getty.slice/getty@tty1\x2da.service",
+                Some("getty@tty1-a.service"),
+                None,
+            ),
+            (
+                "0::/system.slice/docker-{ID}.scope",
+                Some("docker-{ID}.scope"),
+                Some(ID),
+            ),
+            ("0::/docker/{ID}", None, Some(ID)),
+            ("0::/docker/{ID}/init.scope", Some("init.scope"), Some(ID)),
+            (
+                "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1a.slice/cri-containerd-{ID}.scope",
+                Some("cri-containerd-{ID}.scope"),
+                Some(ID),
+            ),
+            ("0::/kubepods/besteffort/pod1a/{ID}", None, Some(ID)),
+            (
+                "0::/system.slice/containerd.service/kubepods-pod1a.slice:cri-containerd:{ID}",
+                Some("containerd.service"),
+                Some(ID),
+            ),
+            (
+                "0::/machine.slice/libpod-{ID}.scope/container",
+                Some("libpod-{ID}.scope"),
+                Some(ID),
+            ),
+            (
+                "0::/machine.slice/libpod-conmon-{ID}.scope",
+                Some("libpod-conmon-{ID}.scope"),
+                None,
+            ),
+            ("0::/short-{ID}0", None, None),
+            (
+                "12:pids:/docker/{ID}\n1:name=systemd:/docker/{ID}\n0::/",
+                None,
+                Some(ID),
+            ),
+            ("garbage", None, None),
+            (r"0::/bad\x2.service", Some(r"bad\x2.service"), None),
+        ];
+        for (text, unit, container) in table {
+            let cgroups = Cgroups::parse(&text.replace("{ID}", ID));
+            let unit = unit.map(|unit| unit.replace("{ID}", ID));
+            assert_eq!(cgroups.systemd_unit(), unit, "{text}");
+            assert_eq!(cgroups.container_id().as_deref(), container, "{text}");
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! From what the kernel saw to a named caller, read from `/proc` while the caller waits.
+
+mod cgroup;
+mod process;
+mod redact;
+mod users;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use clap::ValueEnum;
+use imds_guard_common::flow::Origin;
+
+use crate::policy::caller::{Caller, Netns, Unresolved};
+pub use users::Users;
+
+/// How long reading a command line may take. It is the caller's own memory, and the caller can make
+/// the kernel wait for it (a FUSE file mapped over its arguments); everything else is answered by
+/// the kernel alone.
+const COMMAND_LINE_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// How much of a command line is recorded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum CommandLines {
+    /// With what looks like a secret replaced by `[redacted]`.
+    #[default]
+    Redacted,
+    /// Whole: secrets in arguments end up in the events.
+    Full,
+    /// Not at all.
+    Off,
+}
+
+/// Names callers.
+pub struct Resolver {
+    /// Where `/proc` is.
+    pub proc: PathBuf,
+    /// The host's users.
+    pub users: Users,
+    /// Cookie of the guard's own network namespace; `None` before kernel 5.14, where `SO_NETNS_COOKIE`
+    /// is missing.
+    pub netns_cookie: Option<u64>,
+    /// How much of a command line is recorded.
+    pub command_lines: CommandLines,
+}
+
+impl Resolver {
+    /// Names the process behind a connection. Never fails: what could not be read, or might belong
+    /// to another process, is missing, and the caller says that it is unresolved.
+    pub async fn resolve(&self, origin: &Origin) -> Caller {
+        let mut caller = Caller {
+            pid: origin.pid,
+            tid: origin.tid,
+            uid: origin.uid,
+            gid: origin.gid,
+            comm: lossy(&origin.comm),
+            cgroup_id: origin.cgroup_id,
+            netns_cookie: origin.netns_cookie,
+            netns: Netns::Other,
+            resolved: false,
+            unresolved: None,
+            exe: None,
+            command_line: None,
+            started: None,
+            parents: Vec::new(),
+            cgroup: None,
+            user: None,
+            systemd_unit: None,
+            container_id: None,
+        };
+        let process = process::Process::open(&self.proc, origin);
+        caller.netns = self.netns(origin, process.as_ref().ok());
+        match process {
+            Ok(process) => self.describe(&mut caller, process).await,
+            Err(why) => caller.unresolved = Some(why),
+        }
+        caller
+    }
+
+    async fn describe(&self, caller: &mut Caller, process: process::Process) {
+        let cgroup = process.cgroup().unwrap_or_default();
+        caller.exe = process.exe();
+        caller.started = process.started();
+        caller.parents = process.parents(&self.proc);
+        caller.systemd_unit = cgroup.systemd_unit();
+        caller.container_id = cgroup.container_id();
+        caller.cgroup = cgroup.path();
+        if caller.container_id.is_none() {
+            caller.user = self.users.name(caller.uid);
+        }
+        let process = Arc::new(process);
+        caller.command_line = match self.command_lines {
+            CommandLines::Off => None,
+            CommandLines::Full => read_command_line(&process).await,
+            CommandLines::Redacted => read_command_line(&process)
+                .await
+                .map(|arguments| redact::command_line(&arguments)),
+        };
+        // All of the above was read through one handle, which the kernel ties to one process; if
+        // that has ended meanwhile, part of it may be missing.
+        if process.is_alive() {
+            caller.resolved = true;
+        } else {
+            caller.unresolved = Some(Unresolved::Gone);
+        }
+    }
+
+    fn netns(&self, origin: &Origin, process: Option<&process::Process>) -> Netns {
+        let host = match self.netns_cookie {
+            Some(own) => origin.netns_cookie == own,
+            None => process.is_some_and(|process| process.shares_netns(&self.proc)),
+        };
+        if host { Netns::Host } else { Netns::Other }
+    }
+}
+
+/// Reads it on another thread, so that a caller can only make its own command line be missing.
+async fn read_command_line(process: &Arc<process::Process>) -> Option<Vec<String>> {
+    let process = Arc::clone(process);
+    let read = tokio::task::spawn_blocking(move || process.command_line());
+    tokio::time::timeout(COMMAND_LINE_TIMEOUT, read)
+        .await
+        .ok()?
+        .ok()?
+}
+
+fn lossy(padded: &[u8]) -> String {
+    let end = padded
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(padded.len());
+    String::from_utf8_lossy(&padded[..end]).into_owned()
+}
