@@ -1,0 +1,195 @@
+//! The event schema: documented in `docs/events.md`, published as `docs/events.schema.json`.
+//!
+//! Fields are only ever added; a change of meaning raises [`SCHEMA_VERSION`].
+
+use imds_guard_common::flow::Family;
+use jiff::Timestamp;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::policy::{Caller, Imds, Malformed, Mode, Reason, Verdict};
+
+/// Version of the schema, in every event.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// One line of the event log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Event {
+    /// Version of this schema.
+    pub schema: u32,
+    /// When it happened (RFC 3339, UTC, microseconds).
+    pub time: String,
+    /// Name of the host.
+    pub host: String,
+    /// What happened.
+    #[serde(flatten)]
+    pub kind: Kind,
+}
+
+/// What happened, named by the field `event`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Kind {
+    /// A request was judged.
+    Request(Box<Request>),
+    /// A connection was closed before any request was read.
+    ConnectionRefused(RefusedConnection),
+    /// Events were lost because they came faster than they could be written.
+    EventsLost {
+        /// How many, since the last event before this one.
+        count: u64,
+    },
+    /// The guard began to watch.
+    Started(Started),
+    /// The guard ceased to watch.
+    Stopped(Stopped),
+}
+
+/// One request, what became of it, and who made it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Request {
+    /// What became of it.
+    pub verdict: Verdict,
+    /// Why.
+    pub reason: Reason,
+    /// What was wrong with it, if it could not be judged.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub malformed: Option<Malformed>,
+    /// The mode that was in force.
+    pub mode: Mode,
+    /// IMDSv1, IMDSv2, or a request for a session token; missing if it could not be judged.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub imds: Option<Imds>,
+    /// The HTTP method.
+    pub method: String,
+    /// The path as sent, without its query; cut at 512 bytes.
+    pub path: String,
+    /// What the client says it is; cut at 256 bytes. It can say anything.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub user_agent: Option<String>,
+    /// The HTTP status of the answer.
+    pub status: u16,
+    /// Why the metadata service did not answer; the client got 502 or 504.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub upstream_failure: Option<UpstreamFailure>,
+    /// Which metadata address the client asked for.
+    pub endpoint: Endpoint,
+    /// Network hops between the caller and the guard.
+    pub hops: u8,
+    /// Who asked.
+    pub caller: Caller,
+    /// How long it took.
+    pub latency_us: Latency,
+}
+
+/// Why the metadata service did not answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct UpstreamFailure {
+    /// What kind of failure.
+    pub kind: UpstreamFailureKind,
+    /// The error in words.
+    pub message: String,
+}
+
+/// The kind of an upstream failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum UpstreamFailureKind {
+    /// No connection could be made (502).
+    Unreachable,
+    /// It took too long (504).
+    TimedOut,
+    /// The answer was cut off, too large or not HTTP (502).
+    Broken,
+}
+
+/// The form of the metadata address that a client asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Endpoint {
+    /// `169.254.169.254`.
+    Ipv4,
+    /// `fd00:ec2::254`.
+    Ipv6,
+    /// `::ffff:169.254.169.254`.
+    Ipv4Mapped,
+}
+
+impl From<Family> for Endpoint {
+    fn from(family: Family) -> Self {
+        match family {
+            Family::Ipv4 => Self::Ipv4,
+            Family::Ipv6 => Self::Ipv6,
+            Family::Ipv4Mapped => Self::Ipv4Mapped,
+        }
+    }
+}
+
+/// Microseconds, by who took them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Latency {
+    /// In the guard: naming the caller (on the first request of a connection), reading the
+    /// request's body, judging.
+    pub guard: u64,
+    /// Waiting for the metadata service.
+    pub upstream: u64,
+}
+
+/// A connection that no caller was published for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RefusedConnection {
+    /// Always `not_redirected`: it came to the listener by itself, from a process outside the
+    /// watched cgroup or from another host.
+    pub reason: String,
+    /// Where it came from: address and port.
+    pub peer: String,
+}
+
+/// How the guard was started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Started {
+    /// Version of imds-guard.
+    pub version: String,
+    /// The mode.
+    pub mode: Mode,
+    /// The cgroup whose processes are watched.
+    pub cgroup: String,
+    /// The listener's addresses.
+    pub listeners: Vec<String>,
+}
+
+/// What the kernel programs did while the guard was running.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Stopped {
+    /// Connections turned to the guard.
+    pub redirected: u64,
+    /// The guard's own connections to the metadata service.
+    pub exempt: u64,
+    /// Connections refused in the kernel: no memory to remember their caller (enforce).
+    pub origin_refused: u64,
+    /// Connections that went past the guard: no memory to remember their caller (audit).
+    pub origin_bypassed: u64,
+    /// Connections whose caller could not be handed to the guard, and that it refused.
+    pub publish_failed: u64,
+    /// Events lost over the whole run.
+    pub events_lost: u64,
+}
+
+impl Event {
+    /// An event of now.
+    #[must_use]
+    pub fn now(host: &str, kind: Kind) -> Self {
+        Self {
+            schema: SCHEMA_VERSION,
+            time: format!("{:.6}", Timestamp::now()),
+            host: host.to_owned(),
+            kind,
+        }
+    }
+
+    /// The JSON Schema of an event.
+    #[must_use]
+    pub fn json_schema() -> schemars::Schema {
+        schemars::schema_for!(Self)
+    }
+}

@@ -1,0 +1,10 @@
+//! What happened: the event schema and where events go.
+
+mod event;
+mod sink;
+
+pub use event::{
+    Endpoint, Event, Kind, Latency, RefusedConnection, Request, SCHEMA_VERSION, Started, Stopped,
+    UpstreamFailure, UpstreamFailureKind,
+};
+pub use sink::{Recorder, Writer};
