@@ -1,0 +1,17 @@
+//! From an accepted connection to its answers.
+//!
+//! [`listen`] binds, `accept` takes connections and finds out who made them, `pipeline` judges each
+//! request and forwards it or not, `upstream` speaks to the metadata service, `answer` writes what
+//! the guard itself says.
+
+mod accept;
+mod answer;
+mod listen;
+mod pipeline;
+mod syn;
+mod upstream;
+
+pub use accept::Acceptor;
+pub use listen::listen;
+pub use pipeline::Proxy;
+pub use upstream::Upstream;
