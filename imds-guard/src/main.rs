@@ -1,0 +1,7 @@
+//! The command line of imds-guard.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    imds_guard::cli::main()
+}
