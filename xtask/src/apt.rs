@@ -1,0 +1,73 @@
+//! Debian's and Ubuntu's packages.
+
+use std::{
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use anyhow::{Result, bail};
+use xtask::process;
+
+use crate::privilege::is_root;
+
+const INSTALL: [&str; 3] = ["install", "--yes", "--no-install-recommends"];
+
+/// Whether this host has apt at all.
+pub fn is_here() -> bool {
+    process::find("apt-get").is_some()
+}
+
+/// Fetches the package lists, once: a fresh host has none, another one old ones.
+pub fn update() -> Result<()> {
+    static DONE: AtomicBool = AtomicBool::new(false);
+    if DONE.swap(true, Ordering::Relaxed) {
+        return Ok(());
+    }
+    process::run(apt_get().arg("update"))
+}
+
+/// Whether all these packages can be installed from the lists at hand.
+pub fn offers(packages: &[&str]) -> bool {
+    packages.iter().all(|package| {
+        process::output(Command::new("apt-cache").args(["policy", package])).is_some_and(|policy| {
+            policy
+                .lines()
+                .filter_map(|line| line.trim().strip_prefix("Candidate: "))
+                .any(|candidate| candidate != "(none)")
+        })
+    })
+}
+
+/// Whether a package is installed.
+pub fn has(package: &str) -> bool {
+    let query = ["--show", "--showformat=${db:Status-Status}", package];
+    process::output(Command::new("dpkg-query").args(query)).as_deref() == Some("installed")
+}
+
+/// Installs packages, asking nothing and removing nothing; whoever is not root learns how.
+pub fn install(packages: &[&str]) -> Result<()> {
+    if !is_here() {
+        bail!(
+            "this host has no apt-get: install what Debian calls {} with its own package manager",
+            packages.join(", ")
+        );
+    }
+    if !is_root() {
+        bail!(
+            "packages are missing: run `sudo apt-get {} {}`",
+            INSTALL.join(" "),
+            packages.join(" ")
+        );
+    }
+    update()?;
+    process::run(apt_get().args(INSTALL).arg("--no-remove").args(packages))
+}
+
+fn apt_get() -> Command {
+    let mut command = Command::new("apt-get");
+    command
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        // Unattended upgrades may hold the lock just now.
+        .args(["--quiet", "--option", "DPkg::Lock::Timeout=300"]);
+    command
+}

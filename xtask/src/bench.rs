@@ -1,0 +1,26 @@
+//! `cargo xtask bench`: what the guard costs, measured with nginx and wrk.
+
+use std::{ffi::OsString, process::Command};
+
+use anyhow::Result;
+use xtask::{
+    process::{self, cargo},
+    workspace,
+};
+
+use crate::{privilege::require_root, setup};
+
+/// Builds the benchmark and becomes it.
+pub fn run(args: &[OsString]) -> Result<()> {
+    require_root(
+        "the benchmark makes network namespaces, which needs root",
+        "sudo -E env PATH=$PATH cargo xtask bench",
+    )?;
+    setup::run_for_bench()?;
+    let mut bench = Command::new(cargo());
+    bench
+        .args(["run", "--release", "--locked"])
+        .args(["--package", "imds-guard-tests", "--bin", "bench", "--"])
+        .args(args);
+    process::become_command(bench.current_dir(workspace()))
+}
