@@ -9,7 +9,7 @@ pub mod config;
 pub mod failure;
 pub mod identify;
 pub mod kernel;
-// pub mod lab;
+pub mod lab;
 pub mod policy;
 pub mod proxy;
 pub mod record;

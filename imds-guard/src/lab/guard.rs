@@ -1,0 +1,174 @@
+//! A guard at work in a lab.
+
+use std::{
+    ffi::OsStr,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Child, ChildStdout, ExitStatus, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use super::{Lab, Place};
+use crate::record::{Event, Kind, Request};
+
+/// How long to wait for something that should happen at once, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// `imds-guard run` on a lab's host, watching all of the lab. It is killed with the lab at the
+/// latest.
+pub struct Guard {
+    child: Child,
+    events: Receiver<(String, Event)>,
+}
+
+impl Guard {
+    /// Starts the program and waits until it watches. `arguments` follow `run --cgroup …`; events
+    /// must go to standard output.
+    ///
+    /// # Errors
+    /// It ended instead, with its exit status; what it had to say is on standard error.
+    pub fn start<A: AsRef<OsStr>>(
+        lab: &Lab,
+        program: &Path,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Result<Self> {
+        let mut command = lab.command(Place::Guard, program);
+        command
+            .arg("run")
+            .arg("--cgroup")
+            .arg(lab.cgroup().path())
+            .args(arguments);
+        Self::spawn(&mut command)
+    }
+
+    /// Starts a prepared command that runs a guard, and waits until it watches.
+    ///
+    /// # Errors
+    /// As [`Guard::start`].
+    pub fn spawn(command: &mut std::process::Command) -> Result<Self> {
+        use std::os::unix::process::CommandExt as _;
+        // In a process group of its own, so that Ctrl-C does not end it before its lab.
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .context("the guard cannot be started")?;
+        let output = child
+            .stdout
+            .take()
+            .context("the guard has no standard output")?;
+        let mut guard = Self {
+            child,
+            events: read_events(output),
+        };
+        match guard.event() {
+            Ok(Event {
+                kind: Kind::Started(_),
+                ..
+            }) => Ok(guard),
+            Ok(other) => Err(anyhow!("the guard began with {other:?}")),
+            Err(_) => {
+                let _ended_already = guard.child.kill();
+                let status = guard
+                    .child
+                    .wait()
+                    .context("the guard cannot be waited for")?;
+                Err(anyhow!("the guard did not start: {status}"))
+            }
+        }
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The next event, as line and as value.
+    ///
+    /// # Errors
+    /// None came in time, or the guard has ended.
+    pub fn line(&self) -> Result<(String, Event)> {
+        self.events
+            .recv_timeout(PATIENCE)
+            .map_err(|error| match error {
+                RecvTimeoutError::Timeout => anyhow!("no event within {PATIENCE:?}"),
+                RecvTimeoutError::Disconnected => anyhow!("the guard has ended"),
+            })
+    }
+
+    /// The next event.
+    ///
+    /// # Errors
+    /// As [`Guard::line`].
+    pub fn event(&self) -> Result<Event> {
+        Ok(self.line()?.1)
+    }
+
+    /// The next event, which must be about a request.
+    ///
+    /// # Errors
+    /// It is about something else; otherwise as [`Guard::line`].
+    pub fn request(&self) -> Result<Request> {
+        match self.event()?.kind {
+            Kind::Request(request) => Ok(*request),
+            other => bail!("expected a request, not {other:?}"),
+        }
+    }
+
+    /// Events that are there already.
+    pub fn waiting(&self) -> impl Iterator<Item = (String, Event)> + '_ {
+        self.events.try_iter()
+    }
+
+    /// Asks it to end (SIGTERM) and waits for it. Returns its status and all events that were left,
+    /// the last of which says that it stopped.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn stop(mut self) -> Result<(ExitStatus, Vec<Event>)> {
+        let pid = i32::try_from(self.child.id()).context("a pid beyond all bounds")?;
+        kill(Pid::from_raw(pid), Signal::SIGTERM).context("the guard cannot be told to stop")?;
+        let status = self
+            .child
+            .wait()
+            .context("the guard cannot be waited for")?;
+        Ok((status, self.events.iter().map(|(_, event)| event).collect()))
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // After `stop` there is nothing left to kill.
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _killed = self.child.kill();
+            let _reaped = self.child.wait();
+        }
+    }
+}
+
+fn read_events(output: ChildStdout) -> Receiver<(String, Event)> {
+    let (sender, events) = channel();
+    thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            match serde_json::from_str(&line) {
+                Ok(event) => {
+                    if sender.send((line, event)).is_err() {
+                        return;
+                    }
+                }
+                Err(error) => log::error!("no event: {error}: {line}"),
+            }
+        }
+    });
+    events
+}
