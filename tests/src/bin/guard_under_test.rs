@@ -1,0 +1,7 @@
+//! imds-guard, under a name that does not clash with the real one.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    imds_guard::cli::main()
+}

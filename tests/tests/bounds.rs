@@ -1,0 +1,360 @@
+//! What a client can make the guard hold or wait for is bounded.
+//!
+//! The proxy runs in this process with a flow table in memory, and with limits small enough to be
+//! met at once.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use imds_guard::{
+    config::{Limits, Upstreams},
+    identify::{CommandLines, Resolver, Users},
+    kernel::{Exempt, FlowTable, MemoryFlows, flow_key},
+    policy::{Malformed, Mode, Policy},
+    proxy::{Acceptor, Proxy, Upstream, listen},
+    record::{Event, Kind, Recorder, Writer},
+};
+use imds_guard_common::flow::{FlowKey, Origin};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpSocket, TcpStream},
+};
+
+const LOCALHOST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+const V2: &str = "X-aws-ec2-metadata-token: x\r\n";
+
+#[derive(Clone)]
+struct SharedFlows(Arc<MemoryFlows>);
+
+impl FlowTable for SharedFlows {
+    fn take(&self, key: &FlowKey) -> std::io::Result<Option<Origin>> {
+        self.0.take(key)
+    }
+}
+
+struct Rig {
+    flows: SharedFlows,
+    address: SocketAddr,
+    acceptor: Acceptor,
+    writer: Writer,
+    events: std::io::PipeReader,
+}
+
+impl Rig {
+    async fn new(limits: Limits, body: &'static [u8]) -> Self {
+        let upstream = serve_canned(body).await;
+        let flows = SharedFlows(Arc::default());
+        let (events, output) = std::io::pipe().unwrap();
+        let (recorder, writer) = Recorder::start("test", output).unwrap();
+        let listener = listen(LOCALHOST, &limits).unwrap();
+        let address = listener.local_addr().unwrap();
+        let acceptor = Acceptor::new(Proxy {
+            flows: Box::new(flows.clone()),
+            resolver: Resolver {
+                proc: "/proc".into(),
+                users: Users::of("/etc/passwd"),
+                netns_cookie: Some(1),
+                command_lines: CommandLines::Off,
+            },
+            policy: Policy {
+                mode: Mode::Enforce,
+                hop_limit: 1,
+            },
+            upstream: Upstream::new(
+                Upstreams {
+                    v4: upstream,
+                    v6: upstream,
+                },
+                Exempt::nothing(),
+                limits,
+            ),
+            recorder,
+            limits,
+        });
+        acceptor.serve(listener).unwrap();
+        Self {
+            flows,
+            address,
+            acceptor,
+            writer,
+            events,
+        }
+    }
+
+    /// Connects as the kernel programs would have it: with a caller published beforehand.
+    async fn connect(&self) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(LOCALHOST).unwrap();
+        let client = socket.local_addr().unwrap();
+        let pid = std::process::id();
+        self.flows.0.publish(
+            flow_key(client, self.address),
+            Origin {
+                cookie: 1,
+                cgroup_id: 1,
+                netns_cookie: 1,
+                connected_at: u64::MAX,
+                pid,
+                tid: pid,
+                uid: 0,
+                gid: 0,
+                comm: *b"test\0\0\0\0\0\0\0\0\0\0\0\0",
+                family: 1,
+                padding: 0,
+            },
+        );
+        socket.connect(self.address).await.unwrap()
+    }
+
+    async fn ask(&self, request: &str) -> String {
+        let mut client = self.connect().await;
+        client.write_all(request.as_bytes()).await.unwrap();
+        everything(&mut client).await
+    }
+
+    async fn finish(self) -> Vec<Event> {
+        assert_eq!(self.acceptor.drain().await, 0);
+        let (writer, events) = (self.writer, self.events);
+        tokio::task::spawn_blocking(move || {
+            writer.finish();
+            let text = std::io::read_to_string(events).unwrap();
+            text.lines()
+                .map(|line| serde_json::from_str(line).unwrap())
+                .collect()
+        })
+        .await
+        .unwrap()
+    }
+}
+
+/// Reads to the end of the connection; a reset is an end, too.
+async fn everything(stream: &mut TcpStream) -> String {
+    let mut answer = Vec::new();
+    let _reset = stream.read_to_end(&mut answer).await;
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// A metadata service that says the same to everybody.
+async fn serve_canned(body: &'static [u8]) -> SocketAddr {
+    let listener = TcpListener::bind(LOCALHOST).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut buffer = [0; 65536];
+                while let Ok(1..) = stream.read(&mut buffer).await {
+                    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+                    if stream.write_all(head.as_bytes()).await.is_err()
+                        || stream.write_all(body).await.is_err()
+                    {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+fn status(answer: &str) -> &str {
+    answer.split(' ').nth(1).unwrap_or("none")
+}
+
+#[tokio::test]
+async fn g2_oversized_requests_are_refused() {
+    let limits = Limits {
+        head_bytes: 8192,
+        headers: 8,
+        request_body: 100,
+        ..Limits::default()
+    };
+    let rig = Rig::new(limits, b"ok").await;
+    let close = "Connection: close\r\n";
+    let table = [
+        (
+            format!("GET / HTTP/1.1\r\nHost: x\r\n{V2}{close}\r\n"),
+            "200",
+        ),
+        (
+            format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(9000)),
+            "431",
+        ),
+        (
+            format!("GET / HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(20)),
+            "431",
+        ),
+        (
+            format!("GET /{} HTTP/1.1\r\n{V2}{close}\r\n", "x".repeat(3000)),
+            "414",
+        ),
+        (format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(9000)), "431"),
+        (
+            format!(
+                "GET / HTTP/1.1\r\n{V2}{close}Content-Length: 50\r\n\r\n{}",
+                "x".repeat(50)
+            ),
+            "200",
+        ),
+        (
+            format!(
+                "GET / HTTP/1.1\r\n{V2}{close}Content-Length: 200\r\n\r\n{}",
+                "x".repeat(200)
+            ),
+            "413",
+        ),
+        (
+            format!(
+                "GET / HTTP/1.1\r\n{V2}{close}Transfer-Encoding: chunked\r\n\r\nc8\r\n{}\r\n0\r\n\r\n",
+                "x".repeat(200)
+            ),
+            "413",
+        ),
+    ];
+    for (request, expected) in &table {
+        let answer = rig.ask(request).await;
+        assert_eq!(
+            status(&answer),
+            *expected,
+            "{}",
+            &request[..request.len().min(200)]
+        );
+    }
+    let malformed: Vec<Malformed> = rig
+        .finish()
+        .await
+        .into_iter()
+        .filter_map(|event| match event.kind {
+            Kind::Request(request) => request.malformed,
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        malformed,
+        [Malformed::TooLong, Malformed::Body, Malformed::Body]
+    );
+}
+
+#[tokio::test]
+async fn a2_slow_clients_are_cut_off() {
+    let limits = Limits {
+        head_timeout: Duration::from_millis(200),
+        body_timeout: Duration::from_millis(200),
+        ..Limits::default()
+    };
+    let rig = Rig::new(limits, b"ok").await;
+    // Says nothing; stops within the head; falls silent after an answer.
+    for (begin, expected) in [
+        (String::new(), "none"),
+        ("GET / HTTP/1.1\r\nHost:".to_owned(), "none"),
+        (format!("GET / HTTP/1.1\r\nHost: x\r\n{V2}\r\n"), "200"),
+        (
+            format!("GET / HTTP/1.1\r\nHost: x\r\n{V2}Content-Length: 50\r\n\r\nx"),
+            "413",
+        ),
+    ] {
+        let answer = rig.ask(&begin).await;
+        assert_eq!(status(&answer), expected, "{begin:?} got {answer:?}");
+    }
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn g1_more_connections_than_allowed_wait_for_a_place() {
+    let limits = Limits {
+        connections: 2,
+        ..Limits::default()
+    };
+    let rig = Rig::new(limits, b"ok").await;
+    let request = format!("GET / HTTP/1.1\r\nHost: x\r\n{V2}\r\n");
+    let mut buffer = [0; 1024];
+    let mut served = Vec::new();
+    for _ in 0..2 {
+        let mut client = rig.connect().await;
+        client.write_all(request.as_bytes()).await.unwrap();
+        assert_ne!(client.read(&mut buffer).await.unwrap(), 0);
+        served.push(client);
+    }
+    let mut third = rig.connect().await;
+    third.write_all(request.as_bytes()).await.unwrap();
+    let mut waiting = tokio::spawn(async move {
+        let mut buffer = [0; 1024];
+        third.read(&mut buffer).await.unwrap()
+    });
+    // The two that are being served get further answers; the third gets none until one leaves.
+    for client in &mut served {
+        client.write_all(request.as_bytes()).await.unwrap();
+        assert_ne!(client.read(&mut buffer).await.unwrap(), 0);
+    }
+    assert!(
+        tokio::time::timeout(Duration::from_millis(50), &mut waiting)
+            .await
+            .is_err()
+    );
+    served.pop();
+    assert_ne!(waiting.await.unwrap(), 0);
+    drop(served);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn an_endless_answer_of_the_service_is_a_502() {
+    let limits = Limits {
+        response_body: 1000,
+        ..Limits::default()
+    };
+    let rig = Rig::new(limits, &[b'x'; 2000]).await;
+    let answer = rig
+        .ask(&format!(
+            "GET / HTTP/1.1\r\nHost: x\r\n{V2}Connection: close\r\n\r\n"
+        ))
+        .await;
+    assert_eq!(status(&answer), "502");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn draining_lets_requests_in_flight_finish() {
+    let rig = Rig::new(Limits::default(), b"ok").await;
+    let mut client = rig.connect().await;
+    let request = format!("GET / HTTP/1.1\r\nHost: x\r\n{V2}\r\n");
+    client.write_all(request.as_bytes()).await.unwrap();
+    let mut buffer = [0; 1024];
+    assert_ne!(client.read(&mut buffer).await.unwrap(), 0);
+    // The idle connection is closed at once, not after its time-out.
+    let closed = tokio::spawn(async move { everything(&mut client).await });
+    assert_eq!(rig.finish().await.len(), 1);
+    assert_eq!(closed.await.unwrap(), "");
+}
+
+/// A4: whatever host a request names, it goes to the metadata service, and to it alone.
+#[tokio::test]
+async fn a4_the_guard_is_no_open_proxy() {
+    let rig = Rig::new(Limits::default(), b"metadata").await;
+    let close = "Connection: close\r\n";
+    for (request, expected) in [
+        (
+            format!(
+                "GET http://example.invalid/x HTTP/1.1\r\nHost: example.invalid\r\n{V2}{close}\r\n"
+            ),
+            "200",
+        ),
+        (
+            format!(
+                "CONNECT example.invalid:443 HTTP/1.1\r\nHost: example.invalid\r\n{V2}{close}\r\n"
+            ),
+            "405",
+        ),
+        (
+            format!("GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n{V2}{close}\r\n"),
+            "400",
+        ),
+        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(), "none"),
+    ] {
+        let answer = rig.ask(&request).await;
+        assert_eq!(status(&answer), expected, "{request} got {answer}");
+    }
+    rig.finish().await;
+}

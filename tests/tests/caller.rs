@@ -1,0 +1,199 @@
+//! The process behind a request is named, truly and completely.
+
+use std::os::unix::fs::MetadataExt as _;
+
+use imds_guard::{
+    lab::{Place, fake_imds::SECRETS},
+    policy::caller::{Netns, Unresolved},
+};
+use imds_guard_tests::{Sandbox, run};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::{GUARD, INSTANCE_ID_PATH};
+
+const CONTAINER: &str = "3f4a0e6d1b2c5e7f9a8b7c6d5e4f3a2b1c0d9e8f7a6b5c4d3e2f1a0b9c8d7e6f";
+
+#[test]
+fn everything_about_a_caller_is_there() {
+    let sandbox = Sandbox::new(GUARD, &["--mode", "enforce"]);
+    let script = format!(
+        "setpriv --reuid 65534 --regid 65533 --clear-groups curl -s 169.254.169.254{INSTANCE_ID_PATH}; true"
+    );
+    let mut shell = sandbox
+        .lab
+        .command(Place::Host, "sh")
+        .args(["-c", &script])
+        .spawn()
+        .unwrap();
+    let caller = sandbox.request().caller;
+    let shell_pid = shell.id();
+    shell.wait().unwrap();
+
+    assert!(caller.resolved, "{caller:?}");
+    assert_eq!(caller.unresolved, None);
+    assert_eq!((caller.uid, caller.gid), (65534, 65533));
+    assert_eq!(caller.user.as_deref(), Some("nobody"));
+    assert_eq!(caller.comm, "curl");
+    assert_eq!(caller.pid, caller.tid);
+    let exe = caller.exe.unwrap();
+    assert!(exe.ends_with("/curl"), "{exe}");
+    let url = format!("169.254.169.254{INSTANCE_ID_PATH}");
+    assert_eq!(caller.command_line.unwrap(), ["curl", "-s", &url]);
+    assert_eq!(caller.netns, Netns::Host);
+
+    let cgroup = sandbox.lab.cgroup().path().join("host");
+    assert_eq!(caller.cgroup_id, std::fs::metadata(&cgroup).unwrap().ino());
+    let path = caller.cgroup.unwrap();
+    assert!(cgroup.ends_with(path.trim_start_matches('/')), "{path}");
+
+    let parents: Vec<u32> = caller.parents.iter().map(|parent| parent.pid).collect();
+    assert_eq!(parents[..2], [shell_pid, std::process::id()]);
+    assert_eq!(parents.last(), Some(&1), "up to init: {parents:?}");
+    let me = std::env::current_exe().unwrap();
+    assert_eq!(caller.parents[1].exe.as_deref(), me.to_str());
+    assert_eq!(caller.systemd_unit, None);
+    assert_eq!(caller.container_id, None);
+    assert!(caller.started.unwrap().ends_with('Z'));
+}
+
+#[test]
+fn containers_units_and_threads_are_told_apart() {
+    let sandbox = Sandbox::new(GUARD, &["--mode", "enforce"]);
+    let docker = sandbox
+        .lab
+        .add_room(Place::Container, &format!("docker-{CONTAINER}.scope"))
+        .unwrap();
+    let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
+    run(docker.command("curl").args(["-s", &url]));
+    let caller = sandbox.request().caller;
+    assert_eq!(caller.container_id.as_deref(), Some(CONTAINER));
+    assert_eq!(caller.user, None, "a container's users are not the host's");
+    assert_eq!(caller.netns, Netns::Other);
+
+    let service = sandbox.lab.add_room(Place::Host, "backup.service").unwrap();
+    run(service.command("curl").args(["-s", &url]));
+    let caller = sandbox.request().caller;
+    assert_eq!(caller.systemd_unit.as_deref(), Some("backup.service"));
+    assert_eq!(caller.netns, Netns::Host);
+
+    let script = format!(
+        "import threading, urllib.request, urllib.error\n\
+         def ask():\n    \
+             try: urllib.request.urlopen('{url}')\n    \
+             except urllib.error.HTTPError as e: print(e.code)\n\
+         t = threading.Thread(target=ask); t.start(); t.join()"
+    );
+    assert_eq!(sandbox.python(Place::Host, &script), "401");
+    let caller = sandbox.request().caller;
+    assert_ne!(caller.pid, caller.tid);
+    assert!(caller.resolved);
+    assert!(caller.exe.unwrap().contains("python"));
+}
+
+#[test]
+fn a_caller_that_is_gone_is_not_guessed() {
+    let sandbox = Sandbox::new(GUARD, &["--mode", "audit"]);
+    let guard = Pid::from_raw(i32::try_from(sandbox.guard.pid()).unwrap());
+    // The kernel completes the connection and keeps the request; the guard sees it afterwards.
+    kill(guard, Signal::SIGSTOP).unwrap();
+    let script = format!(
+        "import socket, os\n\
+         s = socket.create_connection(('169.254.169.254', 80))\n\
+         s.sendall(b'GET {INSTANCE_ID_PATH} HTTP/1.0\\r\\n\\r\\n')\n\
+         print(os.getpid())"
+    );
+    let pid: u32 = sandbox.python(Place::Host, &script).parse().unwrap();
+    kill(guard, Signal::SIGCONT).unwrap();
+
+    let caller = sandbox.request().caller;
+    assert_eq!(
+        (caller.pid, caller.uid),
+        (pid, 0),
+        "what the kernel saw is there"
+    );
+    assert!(caller.comm.starts_with("python"), "{}", caller.comm);
+    assert!(!caller.resolved);
+    assert_eq!(caller.unresolved, Some(Unresolved::Gone));
+    assert_eq!(
+        (caller.exe, caller.command_line, caller.cgroup),
+        (None, None, None)
+    );
+}
+
+#[test]
+fn command_lines_are_recorded_as_configured() {
+    let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
+    let arguments = [
+        "curl",
+        "-s",
+        "-H",
+        "X-aws-ec2-metadata-token: tell-nobody",
+        &url,
+    ];
+    let table = [
+        ("full", Some(arguments.map(str::to_owned).to_vec())),
+        ("off", None),
+        (
+            "redacted",
+            Some(
+                [
+                    "curl",
+                    "-s",
+                    "-H",
+                    "X-aws-ec2-metadata-token: [redacted]",
+                    &url,
+                ]
+                .map(str::to_owned)
+                .to_vec(),
+            ),
+        ),
+    ];
+    for (setting, expected) in table {
+        let sandbox = Sandbox::new(GUARD, &["--command-lines", setting]);
+        run(sandbox
+            .lab
+            .command(Place::Host, arguments[0])
+            .args(&arguments[1..]));
+        assert_eq!(sandbox.request().caller.command_line, expected, "{setting}");
+    }
+}
+
+/// F1: no token, credential or body ever reaches an event or a message, however much is logged.
+#[test]
+fn f1_secrets_reach_no_output() {
+    let log = std::env::temp_dir().join(format!("imds-guard-test-{}-secrets", std::process::id()));
+    let file = std::fs::File::create(&log).unwrap();
+    let arguments = ["--mode", "audit", "--kernel-log", "trace"];
+    let sandbox = Sandbox::with(GUARD, &arguments, |command| {
+        command.stderr(file).env("RUST_LOG", "trace");
+    });
+    let token = sandbox.token(Place::Host, "169.254.169.254");
+    let header = format!("X-aws-ec2-metadata-token: {token}");
+    for path in [
+        "/latest/meta-data/iam/security-credentials/demo-role",
+        "/latest/user-data",
+        "/?t=hush-hush",
+    ] {
+        let url = format!("http://169.254.169.254{path}");
+        assert_ne!(sandbox.curl(Place::Host, &["-H", &header, &url]).status, 0);
+        assert_ne!(sandbox.curl(Place::Host, &[&url]).status, 0);
+    }
+    let mut lines = Vec::new();
+    for _ in 0..7 {
+        lines.push(sandbox.guard.line().unwrap().0);
+    }
+    let (_, _lab) = sandbox.stop();
+    lines.push(std::fs::read_to_string(&log).unwrap());
+    std::fs::remove_file(&log).unwrap();
+    let output = lines.join("\n");
+    assert!(output.contains("/latest/user-data"));
+    for secret in SECRETS.into_iter().chain([token.as_str()]) {
+        assert!(!output.contains(secret), "{secret} in {output}");
+    }
+    let events = lines[..7].join("\n");
+    // The query stands in curl's command line, but not in the path.
+    assert!(!events.contains(r#""path":"/?t"#));
+}

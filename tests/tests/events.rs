@@ -1,0 +1,157 @@
+//! The event schema stays as it is documented.
+
+use std::{env, fs, path::PathBuf};
+
+use imds_guard::{
+    policy::{
+        Caller, Imds, Malformed, Mode, Reason, Verdict,
+        caller::{Netns, Parent, Unresolved},
+    },
+    record::{
+        Endpoint, Event, Kind, Latency, RefusedConnection, Request, SCHEMA_VERSION, Started,
+        Stopped, UpstreamFailure, UpstreamFailureKind,
+    },
+};
+
+fn event(kind: Kind) -> Event {
+    Event {
+        schema: SCHEMA_VERSION,
+        time: "2026-01-02T03:04:05.678901Z".into(),
+        host: "ip-172-31-16-10".into(),
+        kind,
+    }
+}
+
+fn v1_request() -> Request {
+    Request {
+        verdict: Verdict::Deny,
+        reason: Reason::NoToken,
+        malformed: None,
+        mode: Mode::Enforce,
+        imds: Some(Imds::V1),
+        method: "GET".into(),
+        path: "/latest/meta-data/instance-id".into(),
+        user_agent: Some("curl/8.5.0".into()),
+        status: 401,
+        upstream_failure: None,
+        endpoint: Endpoint::Ipv4,
+        hops: 1,
+        caller: Caller {
+            pid: 4242,
+            tid: 4243,
+            uid: 33,
+            gid: 33,
+            comm: "backup".into(),
+            cgroup_id: 5150,
+            netns_cookie: 1,
+            netns: Netns::Host,
+            resolved: true,
+            unresolved: None,
+            exe: Some("/usr/bin/curl".into()),
+            command_line: Some(vec!["curl".into(), "-s".into(), "169.254.169.254".into()]),
+            started: Some("2026-01-02T03:04:05.50Z".into()),
+            parents: vec![
+                Parent {
+                    pid: 4000,
+                    exe: Some("/usr/bin/dash".into()),
+                },
+                Parent {
+                    pid: 1,
+                    exe: Some("/usr/lib/systemd/systemd".into()),
+                },
+            ],
+            cgroup: Some("/system.slice/backup.service".into()),
+            user: Some("www-data".into()),
+            systemd_unit: Some("backup.service".into()),
+            container_id: None,
+        },
+        latency_us: Latency {
+            guard: 180,
+            upstream: 0,
+        },
+    }
+}
+
+fn unresolved_request() -> Request {
+    let named = v1_request();
+    Request {
+        verdict: Verdict::Audit,
+        reason: Reason::Malformed,
+        malformed: Some(Malformed::RepeatedToken),
+        mode: Mode::Audit,
+        imds: None,
+        // What a caller controls cannot end a line or a string.
+        path: "/\"\\\n\u{1b}[31m\u{2028}".into(),
+        user_agent: None,
+        upstream_failure: Some(UpstreamFailure {
+            kind: UpstreamFailureKind::TimedOut,
+            message: "169.254.169.254:80 did not answer within 5s".into(),
+        }),
+        status: 504,
+        endpoint: Endpoint::Ipv4Mapped,
+        hops: 3,
+        caller: Caller {
+            netns: Netns::Other,
+            resolved: false,
+            unresolved: Some(Unresolved::PidReused),
+            exe: None,
+            command_line: None,
+            started: None,
+            parents: Vec::new(),
+            cgroup: None,
+            user: None,
+            systemd_unit: None,
+            ..named.caller
+        },
+        ..named
+    }
+}
+
+#[test]
+fn every_kind_of_event_is_written_as_documented() {
+    let kinds = [
+        Kind::Request(Box::new(v1_request())),
+        Kind::Request(Box::new(unresolved_request())),
+        Kind::ConnectionRefused(RefusedConnection {
+            reason: "not_redirected".into(),
+            peer: "10.88.0.2:40000".into(),
+        }),
+        Kind::EventsLost { count: 7 },
+        Kind::Started(Started {
+            version: "0.1.0".into(),
+            mode: Mode::Audit,
+            cgroup: "/sys/fs/cgroup".into(),
+            listeners: vec!["169.254.171.254:16925".into()],
+        }),
+        Kind::Stopped(Stopped {
+            redirected: 12,
+            exempt: 3,
+            ..Stopped::default()
+        }),
+    ];
+    let lines: Vec<String> = kinds
+        .into_iter()
+        .map(|kind| {
+            let event = event(kind);
+            let line = serde_json::to_string(&event).unwrap();
+            assert!(!line.contains(|c: char| c.is_ascii_control()), "{line:?}");
+            assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
+            line
+        })
+        .collect();
+    insta::assert_snapshot!(lines.join("\n"));
+}
+
+#[test]
+fn the_published_schema_is_that_of_the_types() {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs/events.schema.json");
+    let schema = serde_json::to_string_pretty(&Event::json_schema()).unwrap() + "\n";
+    if env::var_os("UPDATE_SCHEMA").is_some() {
+        fs::write(&path, &schema).unwrap();
+    }
+    let published = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        published == schema,
+        "docs/events.schema.json is old: run this test with UPDATE_SCHEMA=1"
+    );
+}

@@ -1,0 +1,23 @@
+//! imds-guard as a whole. One binary, so that it links once; each module is one subject.
+
+mod bounds;
+mod caller;
+mod clients;
+mod command_line;
+mod demo;
+mod events;
+mod faults;
+mod lab;
+mod redirect;
+
+/// imds-guard's command line.
+const GUARD: &str = env!("CARGO_BIN_EXE_guard-under-test");
+
+/// Every form of the metadata address.
+const ADDRESSES: [&str; 3] = [
+    "169.254.169.254",
+    "[fd00:ec2::254]",
+    "[::ffff:169.254.169.254]",
+];
+
+const INSTANCE_ID_PATH: &str = "/latest/meta-data/instance-id";
