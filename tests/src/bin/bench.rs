@@ -1,2 +1,330 @@
-//! placeholder
-fn main() {}
+//! What the guard costs, measured in one run beside the same client going straight to the service
+//! and through nginx as a plain reverse proxy: `cargo xtask bench`.
+//!
+//! Everything happens in a lab's namespaces, is bounded, and stops by itself.
+
+use std::{
+    env, fs,
+    io::{BufRead as _, BufReader, Write as _},
+    net::{TcpListener, TcpStream, UdpSocket},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::{
+    programs::loaded_programs,
+    sys::{Stats, enable_stats},
+};
+use imds_guard::{
+    kernel::probe,
+    lab::{Guard, Lab, LabConfig, Place, Room},
+};
+
+const SERVICE: &str = "http://169.254.169.254";
+const NGINX: &str = "http://127.0.0.1:8080";
+const PATH: &str = "/latest/meta-data/instance-id";
+
+/// How long each load lasts, and over how many connections it comes.
+const LOAD: [&str; 3] = ["--duration=5s", "--threads=1", "--connections=16"];
+/// Connects of each kind in the measurement of the hooks.
+const CONNECTS: u32 = 50_000;
+/// Clients in the measurement of memory.
+const CLIENTS: usize = 256;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => bench(),
+        // What runs inside the lab, where the hooks are attached.
+        ["connects"] => connects(),
+        ["clients"] => clients(),
+        _ => bail!("bench takes no arguments"),
+    }
+}
+
+fn bench() -> Result<()> {
+    let lab = Lab::new(LabConfig::new(probe::cgroup2_mount()?))?;
+    let room = lab.room(Place::Host);
+    let guard_program = env::current_exe()?.with_file_name("guard-under-test");
+    ensure!(
+        guard_program.exists(),
+        "{} is not built",
+        guard_program.display()
+    );
+    let token = token(room)?;
+    // In a cgroup of its own, so that what it does to its upstream is not counted with the rest.
+    let nginx = Nginx::start(&lab)?;
+
+    println!("connects that are not ours, {CONNECTS} each (nanoseconds)");
+    println!("{:<22}{:>12}{:>22}", "", "UDP connect", "TCP connect+close");
+    let none = measure_connects("without guard", room)?;
+    let guard = Guard::start(&lab, &guard_program, ["--mode", "enforce"])?;
+    let with = measure_connects("with guard", room)?;
+    println!(
+        "{:<22}{:>12}{:>22}",
+        "difference",
+        with.0 - none.0,
+        with.1 - none.1
+    );
+    hooks(room)?;
+    memory(room, &guard)?;
+    guard.stop()?;
+
+    println!("\nv2 GET of the instance id, {}", LOAD.join(" "));
+    println!("{:<34}{:>12}{:>12}{:>12}", "", "requests/s", "p50", "p99");
+    for (name, header) in [
+        ("kept alive", None),
+        ("new connection each", Some("Connection: close")),
+    ] {
+        load(&format!("straight, {name}"), room, SERVICE, &token, header)?;
+        load(&format!("nginx, {name}"), room, NGINX, &token, header)?;
+        let guard = Guard::start(&lab, &guard_program, ["--mode", "enforce"])?;
+        load(
+            &format!("imds-guard, {name}"),
+            room,
+            SERVICE,
+            &token,
+            header,
+        )?;
+        guard.stop()?;
+    }
+    drop(nginx);
+    Ok(())
+}
+
+fn token(room: &Room) -> Result<String> {
+    let mut curl = room.command("curl");
+    curl.args(["--silent", "--fail", "--request", "PUT"]);
+    curl.args(["--header", "X-aws-ec2-metadata-token-ttl-seconds: 21600"]);
+    output(curl.arg(format!("{SERVICE}/latest/api/token")))
+}
+
+fn measure_connects(name: &str, room: &Room) -> Result<(i64, i64)> {
+    let text = output(room.command(env::current_exe()?).arg("connects"))?;
+    let numbers: Vec<i64> = text
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    let [udp, tcp] = numbers[..] else {
+        bail!("unexpected: {text}")
+    };
+    println!("{name:<22}{udp:>12}{tcp:>22}");
+    Ok((udp, tcp))
+}
+
+/// Time of each program's runs, as the kernel itself counts it (`bpf_stats`, which adds some 65 ns
+/// to each run). Programs of this run's guard are the youngest of their name.
+fn hooks(room: &Room) -> Result<()> {
+    let counting = enable_stats(Stats::RunTime).context("bpf_stats cannot be switched on")?;
+    let before = runs()?;
+    output(room.command(env::current_exe()?).arg("connects"))?;
+    let after = runs()?;
+    drop(counting);
+    println!("\nbpf_stats of the same connects, all of which leave early");
+    println!("{:<22}{:>12}{:>22}", "program", "runs", "ns each");
+    for ((name, count_before, time_before), (_, count, time)) in before.into_iter().zip(after) {
+        let (count, time) = (count - count_before, time - time_before);
+        if count > 0 {
+            println!(
+                "{name:<22}{count:>12}{:>22.1}",
+                time.as_nanos() as f64 / count as f64
+            );
+        }
+    }
+    Ok(())
+}
+
+fn runs() -> Result<Vec<(String, u64, Duration)>> {
+    let mut runs: Vec<(u32, String, u64, Duration)> = Vec::new();
+    for program in loaded_programs() {
+        let program = program?;
+        let name = program.name_as_str().unwrap_or_default().to_owned();
+        if ["connect4", "publish_caller"].contains(&name.as_str()) {
+            runs.retain(|(_, other, ..)| *other != name);
+            runs.push((program.id(), name, program.run_count(), program.run_time()));
+        }
+    }
+    runs.sort();
+    Ok(runs
+        .into_iter()
+        .map(|(_, name, count, time)| (name, count, time))
+        .collect())
+}
+
+fn memory(room: &Room, guard: &Guard) -> Result<()> {
+    println!("\nresident memory of the daemon (KiB)");
+    println!("{:<34}{:>12}", "idle", resident(guard)?);
+    let mut clients = room
+        .command(env::current_exe()?)
+        .arg("clients")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut served = String::new();
+    BufReader::new(clients.stdout.take().context("no output")?).read_line(&mut served)?;
+    println!(
+        "{:<34}{:>12}",
+        format!("with {} connections", served.trim()),
+        resident(guard)?
+    );
+    drop(clients.stdin.take());
+    clients.wait()?;
+    Ok(())
+}
+
+fn resident(guard: &Guard) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", guard.pid()))?;
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .context("no VmRSS")?;
+    line.split_whitespace()
+        .nth(1)
+        .and_then(|kib| kib.parse().ok())
+        .context("no number")
+}
+
+fn load(name: &str, room: &Room, to: &str, token: &str, header: Option<&str>) -> Result<()> {
+    let mut wrk = room.command("wrk");
+    wrk.args(LOAD).arg("--latency").arg("--header");
+    wrk.arg(format!("X-aws-ec2-metadata-token: {token}"));
+    if let Some(header) = header {
+        wrk.args(["--header", header]);
+    }
+    let text = output(wrk.arg(format!("{to}{PATH}")))?;
+    ensure!(!text.contains("Non-2xx"), "{name}: {text}");
+    let value = |label: &str| {
+        let line = text
+            .lines()
+            .find(|line| line.trim_start().starts_with(label));
+        line.and_then(|line| line.split_whitespace().last())
+            .unwrap_or("?")
+            .to_owned()
+    };
+    println!(
+        "{name:<34}{:>12}{:>12}{:>12}",
+        value("Requests/sec:"),
+        value("50%"),
+        value("99%")
+    );
+    Ok(())
+}
+
+fn output(command: &mut Command) -> Result<String> {
+    let program = command.get_program().display().to_string();
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("{program} cannot be run"))?;
+    ensure!(
+        output.status.success(),
+        "{program} ended with {}",
+        output.status
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Debian's nginx as a plain reverse proxy with kept-alive upstream connections.
+struct Nginx {
+    child: Child,
+    _room: Room,
+    directory: std::path::PathBuf,
+}
+
+impl Nginx {
+    fn start(lab: &Lab) -> Result<Self> {
+        let directory = env::temp_dir().join(format!("imds-guard-bench-{}", std::process::id()));
+        fs::create_dir_all(&directory)?;
+        let path = directory.display();
+        let config = format!(
+            "pid {path}/pid; error_log {path}/error; worker_processes 2; user root;\n\
+             events {{ }}\n\
+             http {{\n\
+               access_log {path}/access;\n\
+               client_body_temp_path {path}/1; proxy_temp_path {path}/2; fastcgi_temp_path {path}/3;\n\
+               uwsgi_temp_path {path}/4; scgi_temp_path {path}/5;\n\
+               upstream imds {{ server 169.254.169.254:80; keepalive 32; }}\n\
+               server {{\n\
+                 listen 127.0.0.1:8080;\n\
+                 location / {{ proxy_pass http://imds; proxy_http_version 1.1;\n\
+                               proxy_set_header Connection \"\"; }}\n\
+               }}\n\
+             }}\n"
+        );
+        let file = directory.join("nginx.conf");
+        fs::File::create(&file)?.write_all(config.as_bytes())?;
+        let room = lab.add_room(Place::Host, "nginx")?;
+        let mut nginx = room.command("nginx");
+        nginx.arg("-c").arg(&file).args(["-g", "daemon off;"]);
+        let child = nginx.spawn().context("nginx cannot be run")?;
+        let nginx = Self {
+            child,
+            _room: room,
+            directory,
+        };
+        // It listens when curl's first attempt that is not refused is answered.
+        let mut curl = lab.command(Place::Host, "curl");
+        curl.args([
+            "--silent",
+            "--output",
+            "/dev/null",
+            "--retry",
+            "50",
+            "--retry-connrefused",
+        ]);
+        output(curl.args(["--retry-delay", "1", "http://127.0.0.1:8080/"]))?;
+        Ok(nginx)
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
+        let _removed = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Connects to this namespace's own loopback, and prints the mean time of each kind.
+fn connects() -> Result<()> {
+    let udp = UdpSocket::bind("127.0.0.1:0")?;
+    let begun = Instant::now();
+    for _ in 0..CONNECTS {
+        udp.connect("127.0.0.1:9")?;
+    }
+    let udp_time = begun.elapsed() / CONNECTS;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let begun = Instant::now();
+    for _ in 0..CONNECTS {
+        // The side that connects is closed last, so that its port is not held back (TIME_WAIT is
+        // with the accepted side).
+        let client = TcpStream::connect(address)?;
+        drop(listener.accept()?);
+        drop(client);
+    }
+    let tcp_time = begun.elapsed() / CONNECTS;
+    println!("{} {}", udp_time.as_nanos(), tcp_time.as_nanos());
+    Ok(())
+}
+
+/// Holds connections to the guard open until standard input ends.
+fn clients() -> Result<()> {
+    let mut open = Vec::new();
+    for _ in 0..CLIENTS {
+        let mut client = TcpStream::connect("169.254.169.254:80")?;
+        client.write_all(
+            b"GET /latest/ HTTP/1.1\r\nHost: x\r\nX-aws-ec2-metadata-token: x\r\n\r\n",
+        )?;
+        let mut answer = String::new();
+        BufReader::new(client.try_clone()?).read_line(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 "), "unexpected: {answer}");
+        open.push(client);
+    }
+    println!("{}", open.len());
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line)?;
+    Ok(())
+}
