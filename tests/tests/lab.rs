@@ -1,7 +1,5 @@
 //! The lab itself: a test that relies on it must be able to rely on it. Needs root and curl.
 
-#![allow(clippy::unwrap_used, reason = "a failed helper is a failed test")]
-
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
