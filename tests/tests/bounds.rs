@@ -11,7 +11,7 @@ use std::{
 
 use imds_guard::{
     config::{Limits, Upstreams},
-    identify::{CommandLines, Resolver, Users},
+    identify::{CommandLines, Resolver},
     kernel::{Exempt, FlowTable, MemoryFlows, flow_key},
     policy::{Malformed, Mode, Policy},
     proxy::{Acceptor, Proxy, Upstream, listen},
@@ -53,12 +53,7 @@ impl Rig {
         let address = listener.local_addr().unwrap();
         let acceptor = Acceptor::new(Proxy {
             flows: Box::new(flows.clone()),
-            resolver: Resolver {
-                proc: "/proc".into(),
-                users: Users::of("/etc/passwd"),
-                netns_cookie: Some(1),
-                command_lines: CommandLines::Off,
-            },
+            resolver: Resolver::new("/proc", "/etc/passwd", Some(1), CommandLines::Off),
             policy: Policy {
                 mode: Mode::Enforce,
                 hop_limit: 1,

@@ -287,6 +287,24 @@ print(re.findall('HTTP/1.1 ([0-9]+)', answer.decode()))
     assert_eq!(sandbox.lab.imds().counters().v1_requests, 0);
 }
 
+/// B3: a client has its own token taken off on the way, after it was judged as v2.
+#[test]
+fn b3_a_token_cannot_be_removed_after_it_was_judged() {
+    let sandbox = Sandbox::new(GUARD, &["--mode", "enforce"]);
+    for connection in [
+        "X-aws-ec2-metadata-token",
+        "close, x-aws-ec2-metadata-token, x",
+    ] {
+        let named = format!("Connection: {connection}");
+        let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
+        let token = "X-aws-ec2-metadata-token: made-up";
+        let answer = sandbox.curl(Place::Host, &["-H", token, "-H", &named, &url]);
+        assert_eq!(answer.status, 401, "{answer:?}");
+    }
+    let reached = sandbox.lab.imds().counters();
+    assert_eq!((reached.v1_requests, reached.v2_requests), (0, 2));
+}
+
 #[test]
 fn kernel_messages_come_through_the_log_and_can_be_off() {
     for (level, expected) in [("debug", true), ("off", false)] {

@@ -4,6 +4,7 @@ mod clients;
 mod table;
 
 use std::{
+    env,
     ffi::OsString,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
@@ -41,7 +42,7 @@ touched, and nothing is left behind.
 
 With --keep, your own command runs there instead of the clients, on the \"host\":
   imds-guard demo --keep -- curl -s http://169.254.169.254/latest/meta-data/
-  imds-guard demo --keep -- bash
+  imds-guard demo --keep
 
 Exit code 0 if everything became what it should; with --keep, the command's own.";
 
@@ -62,11 +63,11 @@ pub struct Arguments {
     #[arg(long)]
     json: bool,
 
-    /// Run COMMAND instead of the demo's clients
-    #[arg(long, requires = "command")]
+    /// Run COMMAND, or a shell, instead of the demo's clients
+    #[arg(long)]
     keep: bool,
 
-    /// What to run with --keep
+    /// What to run with --keep [default: $SHELL]
     #[arg(last = true, requires = "keep", value_name = "COMMAND")]
     command: Vec<OsString>,
 }
@@ -136,7 +137,7 @@ impl Signals {
 }
 
 fn show(arguments: &Arguments, lab: &Lab) -> Result<ExitCode> {
-    let program = std::env::current_exe().context("this program cannot be found")?;
+    let program = env::current_exe().context("this program cannot be found")?;
     let guard = start_guard(lab, &program, arguments.mode)?;
     if arguments.keep {
         return attend(arguments, lab, guard);
@@ -201,12 +202,12 @@ fn start_guard(lab: &Lab, program: &Path, mode: Mode) -> Result<Guard> {
 
 /// Runs the user's command on the lab's host, then shows what it asked.
 fn attend(arguments: &Arguments, lab: &Lab, guard: Guard) -> Result<ExitCode> {
-    let [program, rest @ ..] = arguments.command.as_slice() else {
-        bail!("there is no command to run");
-    };
-    let mut command: Command = lab.command(Place::Host, program);
+    let mut words = arguments.command.iter().cloned();
+    let shell = || env::var_os("SHELL").unwrap_or_else(|| "sh".into());
+    let program = words.next().unwrap_or_else(shell);
+    let mut command: Command = lab.command(Place::Host, &program);
     let status = command
-        .args(rest)
+        .args(words)
         .status()
         .with_context(|| format!("{} cannot be run", program.display()))?;
     let (_, events) = guard.stop()?;

@@ -73,7 +73,7 @@ pub struct Arguments {
     command_lines: CommandLines,
 
     /// Client connections served at once; more wait
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "1-4000", default_value_t = 1024, value_parser = value_parser!(u16).range(1..=4000))]
     max_connections: u16,
 
     /// Messages of the kernel programs: off, error, warn, info, debug or trace

@@ -9,14 +9,19 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use clap::ValueEnum;
 use imds_guard_common::flow::Origin;
+use tokio::sync::Semaphore;
 
 use crate::policy::caller::{Caller, Netns, Unresolved};
-pub use users::Users;
+use users::Users;
 
 /// How long reading a command line may take. It is the caller's own memory, and the caller can make
 /// the kernel wait for it (a FUSE file mapped over its arguments); everything else is answered by
 /// the kernel alone.
 const COMMAND_LINE_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// How many command lines are read at once. While callers hold all of these up, others go without
+/// theirs, but nobody waits.
+pub const COMMAND_LINE_READERS: usize = 16;
 
 /// How much of a command line is recorded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -32,18 +37,32 @@ pub enum CommandLines {
 
 /// Names callers.
 pub struct Resolver {
-    /// Where `/proc` is.
-    pub proc: PathBuf,
-    /// The host's users.
-    pub users: Users,
-    /// Cookie of the guard's own network namespace; `None` before kernel 5.14, where `SO_NETNS_COOKIE`
-    /// is missing.
-    pub netns_cookie: Option<u64>,
-    /// How much of a command line is recorded.
-    pub command_lines: CommandLines,
+    proc: PathBuf,
+    users: Users,
+    netns_cookie: Option<u64>,
+    command_lines: CommandLines,
+    readers: Arc<Semaphore>,
 }
 
 impl Resolver {
+    /// A resolver that reads from this `/proc` and this passwd file. `netns_cookie` is that of the
+    /// guard's own network namespace; `None` before Linux 5.14, where `SO_NETNS_COOKIE` is missing.
+    #[must_use]
+    pub fn new(
+        proc: impl Into<PathBuf>,
+        passwd: impl Into<PathBuf>,
+        netns_cookie: Option<u64>,
+        command_lines: CommandLines,
+    ) -> Self {
+        Self {
+            proc: proc.into(),
+            users: Users::of(passwd),
+            netns_cookie,
+            command_lines,
+            readers: Arc::new(Semaphore::new(COMMAND_LINE_READERS)),
+        }
+    }
+
     /// Names the process behind a connection. Never fails: what could not be read, or might belong
     /// to another process, is missing, and the caller says that it is unresolved.
     pub async fn resolve(&self, origin: &Origin) -> Caller {
@@ -90,8 +109,9 @@ impl Resolver {
         let process = Arc::new(process);
         caller.command_line = match self.command_lines {
             CommandLines::Off => None,
-            CommandLines::Full => read_command_line(&process).await,
-            CommandLines::Redacted => read_command_line(&process)
+            CommandLines::Full => self.read_command_line(&process).await,
+            CommandLines::Redacted => self
+                .read_command_line(&process)
                 .await
                 .map(|arguments| redact::command_line(&arguments)),
         };
@@ -104,6 +124,21 @@ impl Resolver {
         }
     }
 
+    /// Reads it on another thread, in bounded number and time.
+    async fn read_command_line(&self, process: &Arc<process::Process>) -> Option<Vec<String>> {
+        let place = Arc::clone(&self.readers).try_acquire_owned().ok()?;
+        let process = Arc::clone(process);
+        let read = tokio::task::spawn_blocking(move || {
+            let command_line = process.command_line();
+            drop(place);
+            command_line
+        });
+        tokio::time::timeout(COMMAND_LINE_TIMEOUT, read)
+            .await
+            .ok()?
+            .ok()?
+    }
+
     fn netns(&self, origin: &Origin, process: Option<&process::Process>) -> Netns {
         let host = match self.netns_cookie {
             Some(own) => origin.netns_cookie == own,
@@ -111,16 +146,6 @@ impl Resolver {
         };
         if host { Netns::Host } else { Netns::Other }
     }
-}
-
-/// Reads it on another thread, so that a caller can only make its own command line be missing.
-async fn read_command_line(process: &Arc<process::Process>) -> Option<Vec<String>> {
-    let process = Arc::clone(process);
-    let read = tokio::task::spawn_blocking(move || process.command_line());
-    tokio::time::timeout(COMMAND_LINE_TIMEOUT, read)
-        .await
-        .ok()?
-        .ok()?
 }
 
 fn lossy(padded: &[u8]) -> String {

@@ -176,15 +176,10 @@ fn rewrite(
     Ok(request)
 }
 
+/// Removes the listed headers, and never those that `Connection` names, as RFC 9110 would have it:
+/// a client could have its own session token removed that way after it was judged as IMDSv2.
 fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        .collect();
-    for name in HOP_BY_HOP.iter().chain(&named) {
+    for name in &HOP_BY_HOP {
         headers.remove(name);
     }
 }
@@ -317,5 +312,59 @@ impl Write for UpstreamIo {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::policy::Request as Judged;
+
+    fn header() -> impl Strategy<Value = (&'static str, String)> {
+        let name = prop::sample::select(vec![
+            "Connection",
+            "Keep-Alive",
+            "Expect",
+            "Host",
+            "X-Forwarded-For",
+            "X-aws-ec2-metadata-token",
+            "X-aws-ec2-metadata-token-ttl-seconds",
+        ]);
+        let value = prop::sample::select(vec![
+            "",
+            " ",
+            "close",
+            "x-aws-ec2-metadata-token",
+            "close, X-Forwarded-For, x-aws-ec2-metadata-token",
+            "21600",
+        ]);
+        (name, value.prop_map(str::to_owned))
+    }
+
+    proptest! {
+        /// What is sent would be judged as what came was judged, whatever the client says.
+        #[test]
+        fn what_was_judged_is_what_is_sent(
+            method in prop::sample::select(vec!["GET", "HEAD", "PUT", "POST"]),
+            target in prop::sample::select(vec!["/latest/api/token", "/latest/api/%74oken", "/a/../b?c"]),
+            headers in prop::collection::vec(header(), 0..5),
+        ) {
+            let mut request = Request::builder().method(method).uri(target);
+            for (name, value) in headers {
+                request = request.header(name, value);
+            }
+            let (came, ()) = request.body(()).unwrap().into_parts();
+            let sent = rewrite("169.254.169.254:80".parse().unwrap(), &came).unwrap();
+            let judge = |method, uri, headers| {
+                Judged::classify(method, uri, headers).map(|judged| (judged.imds, judged.forwarded))
+            };
+            prop_assert_eq!(
+                judge(&came.method, &came.uri, &came.headers),
+                judge(sent.method(), sent.uri(), sent.headers())
+            );
+            prop_assert_eq!(came.uri.path_and_query(), sent.uri().path_and_query());
+        }
     }
 }

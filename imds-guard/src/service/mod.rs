@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     config::Settings,
     failure::Failure,
-    identify::{Resolver, Users},
+    identify::{COMMAND_LINE_READERS, Resolver},
     kernel::{Counters, Kernel, Maps, probe},
     proxy::{Acceptor, Proxy, Upstream, listen},
     record::{Kind, Recorder, Started, Stopped},
@@ -26,9 +26,6 @@ use addresses::Addresses;
 
 /// Threads that serve connections.
 const WORKERS: usize = 2;
-/// Threads that read command lines, at most.
-const BLOCKING_THREADS: usize = 16;
-
 /// Runs the guard until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -46,6 +43,7 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
     let mut kernel = Kernel::load(settings)?;
     let maps = kernel.take_maps()?;
     let netns_cookie = netns_cookie(&listeners);
+    privileges::raise_file_limit(settings.limits.connections);
     privileges::reduce().context("privileges cannot be given up")?;
 
     let host = nix::unistd::gethostname().map_or_else(
@@ -55,7 +53,7 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
     // After the privileges, as threads inherit them.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
-        .max_blocking_threads(BLOCKING_THREADS)
+        .max_blocking_threads(COMMAND_LINE_READERS)
         .enable_all()
         .build()
         .context("the threads cannot be started")?;
@@ -69,12 +67,7 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
         } = maps;
         let acceptor = Acceptor::new(Proxy {
             flows: Box::new(flows),
-            resolver: Resolver {
-                proc: "/proc".into(),
-                users: Users::of("/etc/passwd"),
-                netns_cookie,
-                command_lines: settings.command_lines,
-            },
+            resolver: Resolver::new("/proc", "/etc/passwd", netns_cookie, settings.command_lines),
             policy: settings.policy,
             upstream: Upstream::new(settings.upstreams, exempt, settings.limits),
             recorder: recorder.clone(),
@@ -87,8 +80,9 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
         recorder.record(Kind::Stopped(stopped));
         Ok(())
     });
-    // Ends every task, and with them the last recorders.
-    drop(runtime);
+    // Ends every task, and with them the last recorders. A thread that reads the command line of a
+    // process that does not let it is left behind.
+    runtime.shutdown_timeout(settings.limits.drain);
     drop(recorder);
     writer.finish();
     addresses.release();

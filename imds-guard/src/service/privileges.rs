@@ -6,6 +6,7 @@ use std::{
 };
 
 use caps::{CapSet, Capability, CapsHashSet, errors::CapsError};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// What is needed after the start: to read the maps (`bpf(2)` asks for it at every call where
 /// `kernel.unprivileged_bpf_disabled` is set, before Linux 6.0), to read other processes'
@@ -34,6 +35,22 @@ pub fn reduce() -> Result<(), CapsError> {
     caps::clear(None, CapSet::Inheritable)?;
     caps::set(None, CapSet::Effective, &kept)?;
     caps::set(None, CapSet::Permitted, &kept)
+}
+
+/// Allows as many open files as the hard limit does: each client connection takes one, and one more
+/// upstream. systemd's default is 1024.
+pub fn raise_file_limit(connections: usize) {
+    let needed = connections as u64 * 2 + 64;
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
+    match raised {
+        Ok(limit) if limit >= needed => {}
+        Ok(limit) => log::warn!(
+            "only {limit} files may be open, too few for {connections} connections: raise \
+             LimitNOFILE= to {needed}, or lower --max-connections"
+        ),
+        Err(error) => log::warn!("the limit of open files cannot be raised: {error}"),
+    }
 }
 
 /// Cookie of the network namespace a socket is in (`SO_NETNS_COOKIE`, Linux 5.14).
