@@ -171,7 +171,7 @@ fn install_linker(compiler: Compiler) -> Result<()> {
         None if llvm <= PREBUILT_LLVM => {
             fetch_linker().with_context(|| {
                 format!(
-                    "bpf-linker cannot be had: install llvm-{llvm}-dev (from apt.llvm.org, say) \
+                    "bpf-linker cannot be had: install llvm-{llvm}-dev \
                      and run `cargo xtask setup` again, or name a bpf-linker in {}",
                     bpf::LINKER_VARIABLE
                 )
