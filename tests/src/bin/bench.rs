@@ -25,8 +25,10 @@ const SERVICE: &str = "http://169.254.169.254";
 const NGINX: &str = "http://127.0.0.1:8080";
 const PATH: &str = "/latest/meta-data/instance-id";
 
-/// How long each load lasts, and over how many connections it comes.
-const LOAD: [&str; 3] = ["--duration=5s", "--threads=1", "--connections=16"];
+/// How long each load lasts.
+const DURATION: &str = "4s";
+/// Over how many connections a load comes: one to see what is added, more to see where it ends.
+const CONNECTIONS: [u32; 2] = [1, 16];
 /// Connects of each kind in the measurement of the hooks.
 const CONNECTS: u32 = 50_000;
 /// Clients in the measurement of memory.
@@ -71,23 +73,22 @@ fn bench() -> Result<()> {
     memory(room, &guard)?;
     guard.stop()?;
 
-    println!("\nv2 GET of the instance id, {}", LOAD.join(" "));
-    println!("{:<34}{:>12}{:>12}{:>12}", "", "requests/s", "p50", "p99");
-    for (name, header) in [
-        ("kept alive", None),
-        ("new connection each", Some("Connection: close")),
-    ] {
-        load(&format!("straight, {name}"), room, SERVICE, &token, header)?;
-        load(&format!("nginx, {name}"), room, NGINX, &token, header)?;
-        let guard = Guard::start(&lab, &guard_program, ["--mode", "enforce"])?;
-        load(
-            &format!("imds-guard, {name}"),
-            room,
-            SERVICE,
-            &token,
-            header,
-        )?;
-        guard.stop()?;
+    println!("\nv2 GET of the instance id, {DURATION} each");
+    println!("{:<50}{:>12}{:>12}{:>12}", "", "requests/s", "p50", "p99");
+    for connections in CONNECTIONS {
+        for header in [None, Some("Connection: close")] {
+            let load = Load {
+                room,
+                token: &token,
+                connections,
+                header,
+            };
+            load.run("straight", SERVICE)?;
+            load.run("nginx", NGINX)?;
+            let guard = Guard::start(&lab, &guard_program, ["--mode", "enforce"])?;
+            load.run("imds-guard", SERVICE)?;
+            guard.stop()?;
+        }
     }
     drop(nginx);
     Ok(())
@@ -185,30 +186,54 @@ fn resident(guard: &Guard) -> Result<u64> {
         .context("no number")
 }
 
-fn load(name: &str, room: &Room, to: &str, token: &str, header: Option<&str>) -> Result<()> {
-    let mut wrk = room.command("wrk");
-    wrk.args(LOAD).arg("--latency").arg("--header");
-    wrk.arg(format!("X-aws-ec2-metadata-token: {token}"));
-    if let Some(header) = header {
-        wrk.args(["--header", header]);
+/// Requests as fast as they are answered, by wrk.
+struct Load<'a> {
+    room: &'a Room,
+    token: &'a str,
+    connections: u32,
+    header: Option<&'a str>,
+}
+
+impl Load<'_> {
+    fn run(&self, name: &str, to: &str) -> Result<()> {
+        let mut wrk = self.room.command("wrk");
+        wrk.args([
+            "--duration",
+            DURATION,
+            "--threads=1",
+            "--latency",
+            "--connections",
+        ]);
+        wrk.arg(self.connections.to_string());
+        wrk.arg("--header")
+            .arg(format!("X-aws-ec2-metadata-token: {}", self.token));
+        if let Some(header) = self.header {
+            wrk.args(["--header", header]);
+        }
+        let text = output(wrk.arg(format!("{to}{PATH}")))?;
+        ensure!(!text.contains("Non-2xx"), "{name}: {text}");
+        let value = |label: &str| {
+            let line = text
+                .lines()
+                .find(|line| line.trim_start().starts_with(label));
+            line.and_then(|line| line.split_whitespace().last())
+                .unwrap_or("?")
+                .to_owned()
+        };
+        let how = if self.header.is_some() {
+            "a new connection each"
+        } else {
+            "kept alive"
+        };
+        println!(
+            "{:<50}{:>12}{:>12}{:>12}",
+            format!("{name}, {} at a time, {how}", self.connections),
+            value("Requests/sec:"),
+            value("50%"),
+            value("99%")
+        );
+        Ok(())
     }
-    let text = output(wrk.arg(format!("{to}{PATH}")))?;
-    ensure!(!text.contains("Non-2xx"), "{name}: {text}");
-    let value = |label: &str| {
-        let line = text
-            .lines()
-            .find(|line| line.trim_start().starts_with(label));
-        line.and_then(|line| line.split_whitespace().last())
-            .unwrap_or("?")
-            .to_owned()
-    };
-    println!(
-        "{name:<34}{:>12}{:>12}{:>12}",
-        value("Requests/sec:"),
-        value("50%"),
-        value("99%")
-    );
-    Ok(())
 }
 
 fn output(command: &mut Command) -> Result<String> {
