@@ -1,8 +1,8 @@
 //! Every reason not to start has its own sentence and exit code.
 
-use std::{net::Ipv4Addr, process::Output};
+use std::{net::Ipv4Addr, path::Path, process::Output};
 
-use imds_guard::lab::{Lab, NetNs, Place, links};
+use imds_guard::lab::{Guard, Lab, NetNs, Place, links};
 use imds_guard_tests::{Sandbox, lab, run};
 use serde_json::Value;
 
@@ -139,6 +139,22 @@ fn with_an_address_of_another_interface() {
             "--listen",
         ],
     );
+}
+
+#[test]
+fn without_ipv6_the_rest_is_served() {
+    let lab = lab();
+    lab.host()
+        .sysctl("ipv6/conf/all/disable_ipv6", "1")
+        .unwrap();
+    let guard = Guard::start(&lab, Path::new(GUARD), ["--mode", "enforce"]).unwrap();
+    let url = "http://169.254.169.254/latest/meta-data/instance-id";
+    assert_eq!(
+        imds_guard_tests::curl(&lab, Place::Host, &[url]).status,
+        401
+    );
+    assert_eq!(lab.imds().counters().connections, 0);
+    drop(guard);
 }
 
 #[test]

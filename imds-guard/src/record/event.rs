@@ -138,8 +138,8 @@ pub struct Latency {
 /// A connection that no caller was published for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RefusedConnection {
-    /// Always `not_redirected`: it came to the listener by itself, from a process outside the
-    /// watched cgroup or from another host.
+    /// Always `not_redirected`: it came to the listener itself, not to a metadata address; from this
+    /// host, or from another one.
     pub reason: String,
     /// Where it came from: address and port.
     pub peer: String,
