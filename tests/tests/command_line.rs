@@ -1,6 +1,11 @@
 //! Every reason not to start has its own sentence and exit code.
 
-use std::{net::Ipv4Addr, path::Path, process::Output};
+use std::{
+    io::{BufRead as _, BufReader},
+    net::Ipv4Addr,
+    path::Path,
+    process::{Output, Stdio},
+};
 
 use imds_guard::lab::{Guard, Lab, NetNs, Place, links};
 use imds_guard_tests::{Sandbox, lab, run};
@@ -117,6 +122,37 @@ fn with_a_busy_port() {
         &["http://169.254.169.254/latest/meta-data/instance-id"],
     );
     assert_eq!(answer.status, 200);
+}
+
+#[test]
+fn a_failed_start_leaves_no_address_behind() {
+    let lab = lab();
+    let cgroup = lab.cgroup().path().to_str().unwrap();
+    let script = "import socket, time\n\
+                  s = socket.create_server(('', 16925)); print('listens', flush=True); time.sleep(600)";
+    let mut server = lab
+        .command(Place::Host, python())
+        .args(["-c", script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert_says(
+        &refused(&lab, &[], &["--cgroup", cgroup]),
+        14,
+        &["169.254.171.254:16925 is busy"],
+    );
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let addresses = run(lab.command(Place::Host, "ip").args(["-o", "addr"]));
+    let addresses = String::from_utf8_lossy(&addresses.stdout);
+    assert!(
+        !addresses.contains("169.254.171.254") && !addresses.contains("a9fe:abfe"),
+        "{addresses}"
+    );
 }
 
 #[test]

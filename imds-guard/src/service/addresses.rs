@@ -14,7 +14,7 @@ use rtnetlink::{
 
 use crate::{config::Settings, failure::Failure};
 
-/// Addresses that were added, and are removed at the end.
+/// Addresses that were added. Dropping it removes them; not within a tokio runtime.
 pub struct Addresses {
     added: Vec<IpAddr>,
     link: String,
@@ -48,17 +48,6 @@ impl Addresses {
             };
             Ok((addresses, ipv6))
         })
-    }
-
-    /// Removes what was added.
-    pub fn release(self) {
-        let removed = with_netlink(async |netlink| {
-            self.remove(&netlink).await;
-            Ok(())
-        });
-        if let Err(failure) = removed {
-            log::warn!("the listener's addresses stay on {}: {failure}", self.link);
-        }
     }
 
     async fn add(&mut self, netlink: &Handle, address: SocketAddr) -> Result<(), Failure> {
@@ -98,6 +87,22 @@ impl Addresses {
             if let Err(error) = remove(netlink, *address).await {
                 log::warn!("{address} stays on {}: {error:#}", self.link);
             }
+        }
+    }
+}
+
+impl Drop for Addresses {
+    /// Removes what was added, also when the guard does not get as far as serving.
+    fn drop(&mut self) {
+        if self.added.is_empty() {
+            return;
+        }
+        let removed = with_netlink(async |netlink| {
+            self.remove(&netlink).await;
+            Ok(())
+        });
+        if let Err(failure) = removed {
+            log::warn!("the listener's addresses stay on {}: {failure}", self.link);
         }
     }
 }

@@ -38,7 +38,7 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
     log::debug!("kernel {release}, cgroup {}", cgroup.display());
 
     let events = event_output(settings.events.as_deref())?;
-    let (addresses, ipv6) = Addresses::claim(settings)?;
+    let (_addresses, ipv6) = Addresses::claim(settings)?;
     let listeners = bind(settings, ipv6)?;
     let mut kernel = Kernel::load(settings)?;
     let maps = kernel.take_maps()?;
@@ -85,7 +85,6 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
     runtime.shutdown_timeout(settings.limits.drain);
     drop(recorder);
     writer.finish();
-    addresses.release();
     served
 }
 
