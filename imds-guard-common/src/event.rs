@@ -8,10 +8,11 @@ pub enum Counter {
     Redirected = 0,
     /// The guard's own upstream connections, let through.
     Exempt = 1,
-    /// Connections whose caller could not be remembered: refused in enforce mode.
-    OriginRefused = 2,
-    /// Connections whose caller could not be remembered: let past the guard in audit mode.
-    OriginBypassed = 3,
+    /// Connections that could not be served, refused in enforce mode: their caller could not be
+    /// remembered, or there is no listener for IPv6.
+    Refused = 2,
+    /// The same, let past the guard in audit mode.
+    Bypassed = 3,
     /// Redirected connections whose caller could not be published: the listener refuses them.
     PublishFailed = 4,
 }

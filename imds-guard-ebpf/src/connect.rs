@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::bpf_sock_addr,
+    bindings::{BPF_ANY, bpf_sock_addr},
     helpers::{
         bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
         generated::{
@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use imds_guard_common::{
-    addr::{MAPPED_MARK, Words},
+    addr::{self, UNSPECIFIED, Words},
     event::Counter,
     flow::{Family, Origin},
 };
@@ -42,7 +42,7 @@ pub fn v4(ctx: &SockAddrContext) -> i32 {
     if port != maps::IMDS_PORT.load() || ip != maps::IMDS_V4.load() {
         return ALLOW;
     }
-    match claim(ctx, Family::Ipv4) {
+    match claim(ctx, Family::Ipv4, true) {
         Claim::LeaveAlone => ALLOW,
         Claim::Refuse => REFUSE,
         Claim::Redirect => {
@@ -67,15 +67,12 @@ pub fn v6(ctx: &SockAddrContext) -> i32 {
     let ip = read_ip6(addr);
     let (family, listener) = if ip == maps::IMDS_V6.load() {
         (Family::Ipv6, maps::LISTENER_V6.load())
-    } else if ip == [0, 0, MAPPED_MARK, maps::IMDS_V4.load()] {
-        (
-            Family::Ipv4Mapped,
-            [0, 0, MAPPED_MARK, maps::LISTENER_V4.load()],
-        )
+    } else if ip == addr::mapped(maps::IMDS_V4.load()) {
+        (Family::Ipv4Mapped, addr::mapped(maps::LISTENER_V4.load()))
     } else {
         return ALLOW;
     };
-    match claim(ctx, family) {
+    match claim(ctx, family, listener != UNSPECIFIED) {
         Claim::LeaveAlone => ALLOW,
         Claim::Refuse => REFUSE,
         Claim::Redirect => {
@@ -88,7 +85,7 @@ pub fn v6(ctx: &SockAddrContext) -> i32 {
 }
 
 #[inline(always)]
-fn claim(ctx: &SockAddrContext, family: Family) -> Claim {
+fn claim(ctx: &SockAddrContext, family: Family, served: bool) -> Claim {
     // SAFETY: plain reads of a valid context, and a helper that takes it.
     let (protocol, cookie) = unsafe {
         (
@@ -104,17 +101,22 @@ fn claim(ctx: &SockAddrContext, family: Family) -> Claim {
         maps::count(Counter::Exempt);
         return Claim::LeaveAlone;
     }
-    let mut origin = caller(ctx, cookie, family);
-    if !remember(ctx, &mut origin) {
+    let origin = caller(ctx, cookie, family);
+    // A second connect on the same socket replaces the first.
+    if !served
+        || maps::PENDING
+            .insert(cookie, origin, BPF_ANY.into())
+            .is_err()
+    {
         return if maps::enforcing() {
-            maps::count(Counter::OriginRefused);
-            warn!(ctx, "pid {} refused: no memory to remember it", origin.pid);
+            maps::count(Counter::Refused);
+            warn!(ctx, "pid {} refused: it cannot be served", origin.pid);
             Claim::Refuse
         } else {
-            maps::count(Counter::OriginBypassed);
+            maps::count(Counter::Bypassed);
             warn!(
                 ctx,
-                "pid {} not redirected: no memory to remember it", origin.pid
+                "pid {} not redirected: it cannot be served", origin.pid
             );
             Claim::LeaveAlone
         };
@@ -149,20 +151,6 @@ fn caller(ctx: &SockAddrContext, cookie: u64, family: Family) -> Origin {
         family: family as u32,
         padding: 0,
     }
-}
-
-/// Keeps the caller with its socket; a second connect on the same socket replaces the first.
-#[inline(always)]
-fn remember(ctx: &SockAddrContext, origin: &mut Origin) -> bool {
-    // SAFETY: the context's socket is valid, and the stored value is this socket's own.
-    unsafe {
-        let stored = maps::PENDING.get_or_insert_ptr_mut(ctx, Some(origin));
-        if stored.is_null() {
-            return false;
-        }
-        *stored = *origin;
-    }
-    true
 }
 
 /// The address, word by word: the verifier refuses array copies from a context.

@@ -1,10 +1,8 @@
 //! Every map: who writes it, its key, how long an entry lives.
 
-use core::{ffi::c_void, ptr};
-
 use aya_ebpf::{
     Global,
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use imds_guard_common::{
@@ -45,10 +43,11 @@ pub static MODE: Array<u32, 1> = Array::new();
 #[btf_map]
 pub static EXEMPT: HashMap<u64, u8, 4096> = HashMap::new();
 
-/// The caller, from its `connect(2)` until its source port is chosen. Lives and dies with the
-/// socket, so that no failed connect leaves an entry behind.
+/// The caller, by socket cookie, from its `connect(2)` until its source port is chosen a moment later
+/// in the same call. LRU: what a failed connect leaves behind is evicted in time. Not socket storage:
+/// that is charged to the socket's option memory, which the client itself can use up beforehand.
 #[btf_map]
-pub static PENDING: SkStorage<Origin> = SkStorage::new();
+pub static PENDING: LruHashMap<u64, Origin, 16384> = LruHashMap::new();
 
 /// The caller of each connection on its way to the listener. Written when the source port is known,
 /// removed by the daemon when it accepts. LRU: what is never accepted is evicted in time.
@@ -73,10 +72,4 @@ pub fn count(counter: Counter) {
 pub fn enforcing() -> bool {
     MODE.get(0)
         .is_some_and(|mode| *mode == Mode::Enforce as u32)
-}
-
-/// The address of a map, as the helpers that aya does not wrap for a context want it.
-#[inline(always)]
-pub fn address_of<T>(map: &'static T) -> *mut c_void {
-    ptr::from_ref(map).cast_mut().cast()
 }

@@ -1,9 +1,10 @@
 //! `getpeername(2)`: a redirected client sees the address that it asked for.
 //!
-//! No look-up is needed: only redirected sockets have the listener as their peer.
+//! Stateless: whoever has the listener as its peer is shown the metadata address, also the one who
+//! connected to the listener itself, whom the guard does not serve.
 
 use aya_ebpf::programs::SockAddrContext;
-use imds_guard_common::addr::MAPPED_MARK;
+use imds_guard_common::addr;
 
 use crate::{
     connect::{read_ip6, write_ip6},
@@ -40,8 +41,8 @@ pub fn v6(ctx: &SockAddrContext) -> i32 {
     let ip = read_ip6(addr);
     let asked_for = if ip == maps::LISTENER_V6.load() {
         maps::IMDS_V6.load()
-    } else if ip == [0, 0, MAPPED_MARK, maps::LISTENER_V4.load()] {
-        [0, 0, MAPPED_MARK, maps::IMDS_V4.load()]
+    } else if ip == addr::mapped(maps::LISTENER_V4.load()) {
+        addr::mapped(maps::IMDS_V4.load())
     } else {
         return GO_ON;
     };

@@ -1,15 +1,16 @@
 //! Just before the SYN leaves, the source port is known: publish the caller under the 4-tuple.
 
 use aya_ebpf::{
+    EbpfContext as _,
     bindings::{BPF_ANY, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops},
-    helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
+    helpers::generated::bpf_get_socket_cookie,
     programs::SockOpsContext,
 };
 use aya_log_ebpf::warn;
 use imds_guard_common::{
-    addr::{self, MAPPED_MARK, Words},
+    addr::{self, Words},
     event::Counter,
-    flow::{FlowKey, Origin},
+    flow::FlowKey,
 };
 
 use crate::maps;
@@ -35,23 +36,11 @@ pub fn publish(ctx: &SockOpsContext) -> u32 {
     let Some(key) = key(ops, listener_port) else {
         return DONE;
     };
-    // SAFETY: `sk` is checked for NULL before it is used, as the verifier demands.
-    let origin = unsafe {
-        let sk = (*ops).__bindgen_anon_2.sk;
-        if sk.is_null() {
-            return DONE;
-        }
-        let pending = maps::address_of(&maps::PENDING);
-        let stored = bpf_sk_storage_get(pending, sk.cast(), core::ptr::null_mut(), 0);
-        if stored.is_null() {
-            None
-        } else {
-            let origin = *stored.cast::<Origin>();
-            bpf_sk_storage_delete(pending, sk.cast());
-            Some(origin)
-        }
-    };
-    match origin {
+    // SAFETY: the context is valid.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: the entry is this socket's own: its thread is still in connect(2), and a slot that is
+    // evicted is not used again before the program ends (kernel: RCU).
+    match unsafe { maps::PENDING.get(cookie) } {
         Some(origin) => {
             if maps::FLOWS.insert(key, origin, BPF_ANY.into()).is_err() {
                 maps::count(Counter::PublishFailed);
@@ -60,6 +49,7 @@ pub fn publish(ctx: &SockOpsContext) -> u32 {
                     "pid {} not published: the listener will refuse it", origin.pid
                 );
             }
+            let _absent = maps::PENDING.remove(cookie);
         }
         // Somebody connects to the listener without being redirected: it must not find the entry
         // of an earlier connection from the same port.
@@ -88,8 +78,8 @@ fn key(ops: *const bpf_sock_ops, listener_port: u32) -> Option<FlowKey> {
             )
         }
     };
-    let ours = listener == maps::LISTENER_V6.load()
-        || listener == [0, 0, MAPPED_MARK, maps::LISTENER_V4.load()];
+    let ours =
+        listener == maps::LISTENER_V6.load() || listener == addr::mapped(maps::LISTENER_V4.load());
     ours.then_some(FlowKey {
         client,
         listener,

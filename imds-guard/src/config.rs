@@ -18,8 +18,10 @@ pub const IMDS_PORT: u16 = 80;
 pub const LISTENER_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 171, 254);
 /// The guard's own IPv6 address, beside the service's.
 pub const LISTENER_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0xa9fe, 0xabfe);
-/// The listeners' port: not 80, which a web server may hold on all addresses.
-pub const LISTENER_PORT: u16 = 16925;
+/// The listeners' port. Not 80, which a web server may hold on all addresses; below 1024, so that no
+/// user without privileges can take it while the guard restarts; below 512, where RPC and NFS clients
+/// do not look for source ports (rresvport(3), bindresvport(3)).
+pub const LISTENER_PORT: u16 = 254;
 
 /// One address of each family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +118,8 @@ pub struct Limits {
     pub head_timeout: Duration,
     /// From the end of a request's head to the end of its body.
     pub body_timeout: Duration,
-    /// Until a connection to the metadata service is made.
+    /// Until a connection to the metadata service is made: long enough for a lost SYN to be sent
+    /// again, after a second (RFC 6298).
     pub connect_timeout: Duration,
     /// From a request to the end of its answer from the metadata service.
     pub answer_timeout: Duration,
@@ -138,7 +141,7 @@ impl Default for Limits {
             response_body: 256 * 1024,
             head_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(5),
-            connect_timeout: Duration::from_secs(1),
+            connect_timeout: Duration::from_secs(3),
             answer_timeout: Duration::from_secs(5),
             stalled_timeout: Duration::from_secs(10),
             upstream_idle: Duration::from_secs(15),

@@ -66,6 +66,13 @@ pub enum Failure {
         /// Why.
         error: io::Error,
     },
+    /// Exit code 17.
+    #[error(
+        "this process does not see the host's process ids, so it could not name who calls: run it \
+         outside containers, or in the host's pid namespace (Kubernetes: hostPID: true; docker: \
+         --pid=host)"
+    )]
+    PidNamespace,
     /// Exit code 2, as for a bad option.
     #[error("{0}")]
     Settings(String),
@@ -86,7 +93,8 @@ Exit codes:
   13  the kernel lacks BTF, a helper, or a program or map type
   14  the listener's port is busy
   15  the listener's address belongs to another interface
-  16  the event file cannot be written";
+  16  the event file cannot be written
+  17  not in the host's pid namespace";
 
 impl Failure {
     /// The process's exit code.
@@ -102,6 +110,7 @@ impl Failure {
             Self::PortBusy { .. } => 14,
             Self::AddressInUse { .. } => 15,
             Self::Events { .. } => 16,
+            Self::PidNamespace => 17,
         })
     }
 }

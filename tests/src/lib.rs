@@ -8,12 +8,14 @@ use std::{
     ffi::OsStr,
     path::Path,
     process::{Command, Output, Stdio},
+    sync::Arc,
 };
 
 use anyhow::Context as _;
 use imds_guard::{
     kernel::probe,
     lab::{Guard, Lab, LabConfig, Place},
+    policy::Caller,
     record::{Event, Request},
 };
 
@@ -121,6 +123,15 @@ impl Sandbox {
         self.guard
             .request()
             .unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// The caller of the guard's next event.
+    ///
+    /// # Panics
+    /// As [`Sandbox::request`].
+    #[must_use]
+    pub fn caller(&self) -> Caller {
+        Arc::unwrap_or_clone(self.request().caller)
     }
 
     /// Stops the guard, which must go well. Returns the events that were left and the host.

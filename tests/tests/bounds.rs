@@ -51,7 +51,7 @@ impl Rig {
         let (recorder, writer) = Recorder::start("test", output).unwrap();
         let listener = listen(LOCALHOST, &limits).unwrap();
         let address = listener.local_addr().unwrap();
-        let acceptor = Acceptor::new(Proxy {
+        let mut acceptor = Acceptor::new(Proxy {
             flows: Box::new(flows.clone()),
             resolver: Resolver::new("/proc", "/etc/passwd", Some(1), CommandLines::Off),
             policy: Policy {

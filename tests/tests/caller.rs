@@ -28,7 +28,7 @@ fn everything_about_a_caller_is_there() {
         .args(["-c", &script])
         .spawn()
         .unwrap();
-    let caller = sandbox.request().caller;
+    let caller = sandbox.caller();
     let shell_pid = shell.id();
     shell.wait().unwrap();
 
@@ -68,14 +68,21 @@ fn containers_units_and_threads_are_told_apart() {
         .unwrap();
     let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
     run(docker.command("curl").args(["-s", &url]));
-    let caller = sandbox.request().caller;
+    let caller = sandbox.caller();
     assert_eq!(caller.container_id.as_deref(), Some(CONTAINER));
     assert_eq!(caller.user, None, "a container's users are not the host's");
     assert_eq!(caller.netns, Netns::Other);
 
+    // A caller in a container can make cgroups of any name within its own.
+    let within = docker.cgroup().child(&"0".repeat(64)).unwrap();
+    let script = "echo 0 > \"$0/cgroup.procs\"; exec \"$@\"";
+    let forged = [within.path().to_str().unwrap(), "curl", "-s", &url];
+    run(docker.command("sh").args(["-c", script]).args(forged));
+    assert_eq!(sandbox.caller().container_id.as_deref(), Some(CONTAINER));
+
     let service = sandbox.lab.add_room(Place::Host, "backup.service").unwrap();
     run(service.command("curl").args(["-s", &url]));
-    let caller = sandbox.request().caller;
+    let caller = sandbox.caller();
     assert_eq!(caller.systemd_unit.as_deref(), Some("backup.service"));
     assert_eq!(caller.netns, Netns::Host);
 
@@ -87,7 +94,7 @@ fn containers_units_and_threads_are_told_apart() {
          t = threading.Thread(target=ask); t.start(); t.join()"
     );
     assert_eq!(sandbox.python(Place::Host, &script), "401");
-    let caller = sandbox.request().caller;
+    let caller = sandbox.caller();
     assert_ne!(caller.pid, caller.tid);
     assert!(caller.resolved);
     assert!(caller.exe.unwrap().contains("python"));
@@ -108,7 +115,7 @@ fn a_caller_that_is_gone_is_not_guessed() {
     let pid: u32 = sandbox.python(Place::Host, &script).parse().unwrap();
     kill(guard, Signal::SIGCONT).unwrap();
 
-    let caller = sandbox.request().caller;
+    let caller = sandbox.caller();
     assert_eq!(
         (caller.pid, caller.uid),
         (pid, 0),
@@ -157,7 +164,7 @@ fn command_lines_are_recorded_as_configured() {
             .lab
             .command(Place::Host, arguments[0])
             .args(&arguments[1..]));
-        assert_eq!(sandbox.request().caller.command_line, expected, "{setting}");
+        assert_eq!(sandbox.caller().command_line, expected, "{setting}");
     }
 }
 

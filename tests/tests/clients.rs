@@ -55,7 +55,7 @@ fn boto3_fetches_role_credentials_over_both_families() {
                 get.path,
                 format!("/latest/meta-data/iam/security-credentials/{path}")
             );
-            assert!(get.caller.exe.unwrap().contains("python"));
+            assert!(get.caller.exe.as_ref().unwrap().contains("python"));
         }
     }
     assert_eq!(sandbox.lab.imds().counters().v1_requests, 0);

@@ -7,8 +7,11 @@ use std::{
     process::{Output, Stdio},
 };
 
-use imds_guard::lab::{Guard, Lab, NetNs, Place, links};
-use imds_guard_tests::{Sandbox, lab, run};
+use imds_guard::{
+    lab::{Guard, Lab, NetNs, Place, links},
+    record::Kind,
+};
+use imds_guard_tests::{Sandbox, curl, lab, python, run};
 use serde_json::Value;
 
 use crate::GUARD;
@@ -46,7 +49,10 @@ fn without_capabilities() {
     assert_says(
         &all,
         10,
-        &["CAP_BPF, CAP_NET_ADMIN, CAP_SYS_PTRACE", "root"],
+        &[
+            "CAP_BPF, CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, CAP_SYS_PTRACE",
+            "root",
+        ],
     );
     let bounded = ["setpriv", "--inh-caps", "-all", "--bounding-set", "-bpf"];
     assert_says(&refused(&lab, &bounded, &[]), 10, &["missing CAP_BPF:"]);
@@ -114,7 +120,7 @@ fn with_a_busy_port() {
     assert_says(
         &second,
         14,
-        &["169.254.171.254:16925 is busy", "ss -ltnp", "--listen"],
+        &["169.254.171.254:254 is busy", "ss -ltnp", "--listen"],
     );
     // The first one is unharmed, and so are its addresses.
     let answer = sandbox.curl(
@@ -129,7 +135,7 @@ fn a_failed_start_leaves_no_address_behind() {
     let lab = lab();
     let cgroup = lab.cgroup().path().to_str().unwrap();
     let script = "import socket, time\n\
-                  s = socket.create_server(('', 16925)); print('listens', flush=True); time.sleep(600)";
+                  s = socket.create_server(('', 254)); print('listens', flush=True); time.sleep(600)";
     let mut server = lab
         .command(Place::Host, python())
         .args(["-c", script])
@@ -143,7 +149,7 @@ fn a_failed_start_leaves_no_address_behind() {
     assert_says(
         &refused(&lab, &[], &["--cgroup", cgroup]),
         14,
-        &["169.254.171.254:16925 is busy"],
+        &["169.254.171.254:254 is busy"],
     );
     server.kill().unwrap();
     server.wait().unwrap();
@@ -179,18 +185,28 @@ fn with_an_address_of_another_interface() {
 
 #[test]
 fn without_ipv6_the_rest_is_served() {
-    let lab = lab();
-    lab.host()
-        .sysctl("ipv6/conf/all/disable_ipv6", "1")
-        .unwrap();
-    let guard = Guard::start(&lab, Path::new(GUARD), ["--mode", "enforce"]).unwrap();
-    let url = "http://169.254.169.254/latest/meta-data/instance-id";
-    assert_eq!(
-        imds_guard_tests::curl(&lab, Place::Host, &[url]).status,
-        401
-    );
-    assert_eq!(lab.imds().counters().connections, 0);
-    drop(guard);
+    let url = |host| format!("http://{host}/latest/meta-data/instance-id");
+    for (mode, v4, v6) in [("enforce", 401, 0), ("audit", 200, 200)] {
+        let lab = lab();
+        // The listener can have no address there, but IPv6 works everywhere else.
+        lab.host().sysctl("ipv6/conf/lo/disable_ipv6", "1").unwrap();
+        let guard = Guard::start(&lab, Path::new(GUARD), ["--mode", mode]).unwrap();
+        for place in [Place::Host, Place::Container] {
+            let got = curl(&lab, place, &[url("169.254.169.254")]);
+            assert_eq!(got.status, v4, "{mode} {place:?}");
+            let got = curl(&lab, place, &[url("[fd00:ec2::254]")]);
+            assert_eq!(got.status, v6, "{mode} {place:?} {got:?}");
+        }
+        let (_, mut events) = guard.stop().unwrap();
+        let Some(Kind::Stopped(stopped)) = events.pop().map(|event| event.kind) else {
+            panic!("{events:?}");
+        };
+        let expected = if mode == "enforce" { (2, 0) } else { (0, 2) };
+        assert_eq!((stopped.refused, stopped.bypassed), expected, "{mode}");
+        // What is let past is not served unseen: it is counted.
+        let through = if mode == "enforce" { 0 } else { 4 };
+        assert_eq!(lab.imds().counters().v1_requests, through, "{mode}");
+    }
 }
 
 #[test]
@@ -232,10 +248,10 @@ fn with_settings_that_contradict_each_other() {
             "twice",
         ),
         (
-            &["--listen", "169.254.169.254:16925"],
+            &["--listen", "169.254.169.254:254"],
             "the metadata service's own address",
         ),
-        (&["--upstream", "169.254.171.254:16925"], "the guard itself"),
+        (&["--upstream", "169.254.171.254:254"], "the guard itself"),
         (&["--link", "nosuch0"], "no such interface"),
     ];
     let cgroup = lab.cgroup().path().to_str().unwrap();
@@ -254,11 +270,11 @@ fn events_go_to_a_file_that_is_its_owners_alone() {
         .command(Place::Guard, GUARD)
         .args(["run", "--events", path.to_str().unwrap(), "--cgroup"])
         .arg(lab.cgroup().path())
-        .stderr(std::process::Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     // Its first message comes when it watches.
-    let mut stderr = std::io::BufReader::new(guard.stderr.take().unwrap());
+    let mut stderr = BufReader::new(guard.stderr.take().unwrap());
     let mut line = String::new();
     while !line.contains("watching") {
         line.clear();
@@ -268,10 +284,7 @@ fn events_go_to_a_file_that_is_its_owners_alone() {
         );
     }
     let url = "http://169.254.169.254/latest/meta-data/instance-id";
-    assert_eq!(
-        imds_guard_tests::curl(&lab, Place::Host, &[url]).status,
-        200
-    );
+    assert_eq!(curl(&lab, Place::Host, &[url]).status, 200);
     let pid = nix::unistd::Pid::from_raw(i32::try_from(guard.id()).unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
     assert!(guard.wait().unwrap().success());

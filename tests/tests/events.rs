@@ -1,6 +1,6 @@
 //! The event schema stays as it is documented.
 
-use std::{env, fs, path::PathBuf};
+use std::{env, fs, path::PathBuf, sync::Arc};
 
 use imds_guard::{
     policy::{
@@ -8,8 +8,8 @@ use imds_guard::{
         caller::{Netns, Parent, Unresolved},
     },
     record::{
-        Endpoint, Event, Kind, Latency, RefusedConnection, Request, SCHEMA_VERSION, Started,
-        Stopped, UpstreamFailure, UpstreamFailureKind,
+        ConnectionRefusal, Endpoint, Event, Kind, Latency, RefusedConnection, Request,
+        SCHEMA_VERSION, Started, Stopped, UpstreamFailure, UpstreamFailureKind,
     },
 };
 
@@ -36,7 +36,7 @@ fn v1_request() -> Request {
         upstream_failure: None,
         endpoint: Endpoint::Ipv4,
         hops: 1,
-        caller: Caller {
+        caller: Arc::new(Caller {
             pid: 4242,
             tid: 4243,
             uid: 33,
@@ -64,7 +64,7 @@ fn v1_request() -> Request {
             user: Some("www-data".into()),
             systemd_unit: Some("backup.service".into()),
             container_id: None,
-        },
+        }),
         latency_us: Latency {
             guard: 180,
             upstream: 0,
@@ -90,7 +90,7 @@ fn unresolved_request() -> Request {
         status: 504,
         endpoint: Endpoint::Ipv4Mapped,
         hops: 3,
-        caller: Caller {
+        caller: Arc::new(Caller {
             netns: Netns::Other,
             resolved: false,
             unresolved: Some(Unresolved::PidReused),
@@ -101,8 +101,8 @@ fn unresolved_request() -> Request {
             cgroup: None,
             user: None,
             systemd_unit: None,
-            ..named.caller
-        },
+            ..(*named.caller).clone()
+        }),
         ..named
     }
 }
@@ -113,7 +113,7 @@ fn every_kind_of_event_is_written_as_documented() {
         Kind::Request(Box::new(v1_request())),
         Kind::Request(Box::new(unresolved_request())),
         Kind::ConnectionRefused(RefusedConnection {
-            reason: "not_redirected".into(),
+            reason: ConnectionRefusal::NotRedirected,
             peer: "10.88.0.2:40000".into(),
         }),
         Kind::EventsLost { count: 7 },
@@ -121,7 +121,7 @@ fn every_kind_of_event_is_written_as_documented() {
             version: "0.1.0".into(),
             mode: Mode::Audit,
             cgroup: "/sys/fs/cgroup".into(),
-            listeners: vec!["169.254.171.254:16925".into()],
+            listeners: vec!["169.254.171.254:254".into()],
         }),
         Kind::Stopped(Stopped {
             redirected: 12,

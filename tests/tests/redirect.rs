@@ -124,6 +124,12 @@ fn a_token_from_beyond_the_hop_limit_is_refused_at_once() {
     );
     assert_eq!(sandbox.lab.imds().counters().token_puts, 0);
 
+    // However the path is written, and even with a token, a PUT is judged as a token request.
+    let double = "http://169.254.169.254//latest/api/token";
+    let disguised = [&put[..], &["-H", "X-aws-ec2-metadata-token: x", double]].concat();
+    assert_eq!(sandbox.curl(Place::Container, &disguised).status, 403);
+    assert_eq!(sandbox.request().reason, Reason::HopLimit);
+
     let forwarded = [&put[..], &["-H", "X-Forwarded-For: 10.0.0.1", url]].concat();
     assert_eq!(sandbox.curl(Place::Host, &forwarded).status, 403);
     assert_eq!(sandbox.request().reason, Reason::Forwarded);
@@ -187,7 +193,7 @@ fn a1_connecting_to_the_listener_itself_is_refused() {
     let sandbox = Sandbox::new(GUARD, &["--mode", "audit"]);
     for place in PLACES {
         for address in ["169.254.171.254", "[fd00:ec2::a9fe:abfe]"] {
-            let url = format!("http://{address}:16925{INSTANCE_ID_PATH}");
+            let url = format!("http://{address}:254{INSTANCE_ID_PATH}");
             let answer = sandbox.curl(place, &["-H", "X-aws-ec2-metadata-token: x", &url]);
             assert_eq!(answer.status, 0, "{answer:?}");
             assert_ne!(answer.exit, 0);
@@ -222,7 +228,7 @@ first.close()
 second = socket.socket()
 second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 second.bind(mine)
-second.connect(('169.254.171.254', 16925))
+second.connect(('169.254.171.254', 254))
 print('connected')
 ";
     assert_eq!(sandbox.python(Place::Host, script), "connected");
@@ -235,6 +241,32 @@ print('connected')
             "{event:?}"
         );
     }
+    assert_eq!(sandbox.lab.imds().counters().connections, 0);
+}
+
+/// C: a client that uses up its socket's option memory is redirected like any other.
+#[test]
+fn c_a_socket_without_option_memory_is_redirected() {
+    let sandbox = Sandbox::new(GUARD, &["--mode", "enforce"]);
+    // TCP_MD5SIG is 14; each key is charged to the socket, until there is no room.
+    let script = format!(
+        r"
+import errno, socket, struct
+s = socket.socket()
+for n in range(100000):
+    address = struct.pack('=HH', socket.AF_INET, 0) + struct.pack('!I', 0x0a000000 + n)
+    key = address.ljust(128, b'\0') + struct.pack('=BBHi', 0, 0, 4, 0) + b'abcd'.ljust(80, b'\0')
+    try:
+        s.setsockopt(socket.IPPROTO_TCP, 14, key)
+    except OSError as e:
+        print(errno.errorcode[e.errno])
+        break
+s.connect(('169.254.169.254', 80))
+s.sendall(b'GET {INSTANCE_ID_PATH} HTTP/1.0\r\n\r\n')
+print(s.recv(12).decode())
+"
+    );
+    assert_eq!(sandbox.python(Place::Host, &script), "ENOMEM\nHTTP/1.0 401");
     assert_eq!(sandbox.lab.imds().counters().connections, 0);
 }
 

@@ -76,6 +76,7 @@ pub struct Arguments {
 pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
     probe::capabilities()?;
     probe::kernel()?;
+    probe::pid_namespace()?;
     let cgroup_root = probe::cgroup2_mount()?;
     let signals = Signals::catch()?;
     let lab = Lab::new(LabConfig::new(cgroup_root)).context("the demo's host cannot be made")?;

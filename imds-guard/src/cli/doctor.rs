@@ -61,6 +61,7 @@ pub fn main(arguments: &Arguments) -> ExitCode {
     let checks = vec![
         capabilities(),
         kernel(),
+        pid_namespace(),
         btf(),
         features(),
         cgroup(),
@@ -151,7 +152,12 @@ impl Check {
 fn capabilities() -> Check {
     const NAME: &str = "capabilities";
     match probe::capabilities() {
-        Ok(()) => Check::ok(NAME, "CAP_BPF, CAP_NET_ADMIN, CAP_SYS_PTRACE"),
+        Ok(()) => Check::ok(
+            NAME,
+            probe::NEEDED_CAPABILITIES
+                .map(|cap| cap.to_string())
+                .join(", "),
+        ),
         Err(failure) => Check::missing(NAME, failure.to_string(), None),
     }
 }
@@ -165,6 +171,14 @@ fn kernel() -> Check {
             failure.to_string(),
             Some("boot a newer one: Amazon Linux 2 has 5.10, Amazon Linux 2023 has 6.1 and 6.12"),
         ),
+    }
+}
+
+fn pid_namespace() -> Check {
+    const NAME: &str = "pid namespace";
+    match probe::pid_namespace() {
+        Ok(()) => Check::ok(NAME, "the host's"),
+        Err(failure) => Check::missing(NAME, failure.to_string(), None),
     }
 }
 

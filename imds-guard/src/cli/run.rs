@@ -47,7 +47,7 @@ pub struct Arguments {
     cgroup: Option<PathBuf>,
 
     /// The guard's own address, one for each family, both with the same port
-    /// [default: 169.254.171.254:16925 and [fd00:ec2::a9fe:abfe]:16925]
+    /// [default: 169.254.171.254:254 and [fd00:ec2::a9fe:abfe]:254]
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Vec<SocketAddr>,
 

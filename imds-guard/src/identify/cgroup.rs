@@ -43,11 +43,20 @@ impl Cgroups {
         })
     }
 
-    /// The innermost component that is, or ends in, 64 hex digits, as all runtimes name containers:
+    /// The outermost component that is, or ends in, 64 hex digits, as all runtimes name containers:
     /// `docker-ID.scope`, `cri-containerd-ID.scope`, `crio-ID`, `libpod-ID.scope`, `…:docker:ID`, `ID`.
+    /// What lies within was named by the container itself.
     pub fn container_id(&self) -> Option<String> {
         self.paths()
-            .find_map(|path| path.split('/').rev().find_map(container_id))
+            .find_map(|path| path.split('/').find_map(container_id))
+    }
+
+    /// Whether a user's own systemd made it, and named it as the user likes.
+    pub fn is_of_user(&self) -> bool {
+        self.paths().any(|path| {
+            path.split('/')
+                .any(|part| part.starts_with("user@") && part.ends_with(".service"))
+        })
     }
 
     fn paths(&self) -> impl Iterator<Item = &str> {
@@ -95,6 +104,23 @@ mod tests {
     use super::*;
 
     const ID: &str = "3f4a0e6d1b2c5e7f9a8b7c6d5e4f3a2b1c0d9e8f7a6b5c4d3e2f1a0b9c8d7e6f";
+
+    const FORGED: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+
+    #[test]
+    fn what_a_users_own_systemd_named_is_known() {
+        for (text, of_user) in [
+            (
+                "0::/user.slice/user-7.slice/user@7.service/docker-{ID}.scope",
+                true,
+            ),
+            ("0::/user.slice/user-7.slice/session-3.scope", false),
+            ("0::/system.slice/docker-{ID}.scope", false),
+        ] {
+            let cgroups = Cgroups::parse(&text.replace("{ID}", ID));
+            assert_eq!(cgroups.is_of_user(), of_user, "{text}");
+        }
+    }
 
     #[test]
     fn units_and_containers_are_found() {
@@ -144,6 +170,7 @@ mod tests {
                 Some("libpod-conmon-{ID}.scope"),
                 None,
             ),
+            ("0::/docker/{ID}/docker/{FORGED}", None, Some(ID)),
             ("0::/short-{ID}0", None, None),
             (
                 "12:pids:/docker/{ID}\n1:name=systemd:/docker/{ID}\n0::/",
@@ -154,7 +181,7 @@ mod tests {
             (r"0::/bad\x2.service", Some(r"bad\x2.service"), None),
         ];
         for (text, unit, container) in table {
-            let cgroups = Cgroups::parse(&text.replace("{ID}", ID));
+            let cgroups = Cgroups::parse(&text.replace("{ID}", ID).replace("{FORGED}", FORGED));
             let unit = unit.map(|unit| unit.replace("{ID}", ID));
             assert_eq!(cgroups.systemd_unit(), unit, "{text}");
             assert_eq!(cgroups.container_id().as_deref(), container, "{text}");

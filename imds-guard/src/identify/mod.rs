@@ -102,8 +102,9 @@ impl Resolver {
         caller.parents = process.parents(&self.proc);
         caller.systemd_unit = cgroup.systemd_unit();
         caller.container_id = cgroup.container_id();
+        let host_user = caller.container_id.is_none() || cgroup.is_of_user();
         caller.cgroup = cgroup.path();
-        if caller.container_id.is_none() {
+        if host_user {
             caller.user = self.users.name(caller.uid);
         }
         let process = Arc::new(process);

@@ -14,12 +14,19 @@ use procfs::{
 };
 
 use super::cgroup::Cgroups;
-use crate::policy::caller::{Parent, Unresolved};
+use crate::policy::{
+    caller::{Parent, Unresolved},
+    shortened,
+};
 
 /// Longest chain of parents that is followed.
 const MAX_PARENTS: usize = 32;
 /// Longest command line that is read, in bytes.
 const MAX_COMMAND_LINE: u64 = 4096;
+/// Longest path of an executable, in bytes.
+const MAX_EXE: usize = 1024;
+/// Flag of a kernel thread in `/proc/PID/stat` (kernel: PF_KTHREAD, include/linux/sched.h).
+const PF_KTHREAD: u32 = 0x0020_0000;
 
 /// A handle on one process: what is read through it never belongs to another process, even if the
 /// pid is used again (`/proc/PID` stays tied to the process it was opened for).
@@ -41,6 +48,12 @@ impl Process {
         if started > SignedDuration::from_nanos_i128(origin.connected_at.into()) {
             return Err(Unresolved::PidReused);
         }
+        if stat.flags & PF_KTHREAD != 0 {
+            return Err(Unresolved::KernelThread);
+        }
+        if has_ended(&stat) {
+            return Err(Unresolved::Gone);
+        }
         Ok(Self { inner, stat })
     }
 
@@ -48,7 +61,7 @@ impl Process {
     pub fn is_alive(&self) -> bool {
         self.inner
             .stat()
-            .is_ok_and(|stat| stat.starttime == self.stat.starttime)
+            .is_ok_and(|stat| stat.starttime == self.stat.starttime && !has_ended(&stat))
     }
 
     /// The running program.
@@ -130,10 +143,13 @@ fn open(proc: &Path, pid: u32) -> Result<(ProcProcess, Stat), Unresolved> {
 }
 
 fn exe(process: &ProcProcess) -> Option<String> {
-    process
-        .exe()
-        .ok()
-        .map(|path| path.to_string_lossy().into_owned())
+    let path = process.exe().ok()?;
+    Some(shortened(&path.to_string_lossy(), MAX_EXE))
+}
+
+/// Whether it waits for its parent to notice that it has ended: it has no executable any more.
+fn has_ended(stat: &Stat) -> bool {
+    matches!(stat.state, 'Z' | 'X')
 }
 
 /// Start of a process in nanoseconds since boot.
@@ -220,6 +236,15 @@ mod tests {
         let open =
             Process::open(Path::new("/proc"), &origin(child.id(), now_since_boot())).unwrap();
         child.kill().unwrap();
+        // Ended, though nobody has taken note of it yet.
+        nix::sys::wait::waitid(
+            nix::sys::wait::Id::Pid(nix::unistd::Pid::from_raw(child.id() as i32)),
+            nix::sys::wait::WaitPidFlag::WEXITED | nix::sys::wait::WaitPidFlag::WNOWAIT,
+        )
+        .unwrap();
+        assert!(!open.is_alive());
+        let zombie = Process::open(Path::new("/proc"), &origin(child.id(), now_since_boot()));
+        assert_eq!(zombie.err(), Some(Unresolved::Gone));
         child.wait().unwrap();
         assert!(!open.is_alive());
         let again = Process::open(Path::new("/proc"), &origin(child.id(), now_since_boot()));

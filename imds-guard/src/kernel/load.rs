@@ -21,6 +21,7 @@ use crate::{config::Settings, failure::Failure, policy::Mode, record::Stopped};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/imds-guard.bpf.o"));
 
+const REDIRECT_PROGRAMS: [&str; 2] = ["connect4", "connect6"];
 const SOCK_ADDR_PROGRAMS: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
 const SOCK_OPS_PROGRAM: &str = "publish_caller";
 
@@ -47,11 +48,12 @@ pub struct Maps {
 pub struct Counters(PerCpuArray<MapData, u64>);
 
 impl Kernel {
-    /// Loads the programs; nothing is attached yet.
+    /// Loads the programs; nothing is attached yet. Without a listener for IPv6, connections to the
+    /// IPv6 endpoint are refused in enforce mode, and left alone in audit mode.
     ///
     /// # Errors
     /// [`Failure::KernelFeature`] if the kernel lacks something; otherwise what the verifier said.
-    pub fn load(settings: &Settings) -> Result<Self, Failure> {
+    pub fn load(settings: &Settings, ipv6: bool) -> Result<Self, Failure> {
         // Before 5.11 maps count against RLIMIT_MEMLOCK. Where that cannot be raised, loading says
         // so itself.
         let unlimited = libc::RLIM_INFINITY;
@@ -66,7 +68,11 @@ impl Kernel {
         let imds_v6 = addr::words((*imds.v6.ip()).into());
         let imds_port = network_order(imds.v4.port());
         let listener_v4 = addr::word(*listeners.v4.ip());
-        let listener_v6 = addr::words((*listeners.v6.ip()).into());
+        let listener_v6 = if ipv6 {
+            addr::words((*listeners.v6.ip()).into())
+        } else {
+            addr::UNSPECIFIED
+        };
         let listener_port = network_order(listeners.v4.port());
         let log_level = kernel_level(settings.kernel_log);
 
@@ -120,6 +126,15 @@ impl Kernel {
                 .attach(cgroup, CgroupAttachMode::Single)?;
         }
         Ok(())
+    }
+
+    /// From now on nobody is redirected any more; connections on their way still find theirs.
+    pub fn stop_redirecting(&mut self) {
+        for name in REDIRECT_PROGRAMS {
+            if let Err(error) = self.sock_addr(name).and_then(CgroupSockAddr::unload) {
+                log::warn!("{name} cannot be detached: {error}");
+            }
+        }
     }
 
     /// Tells the kernel programs what to do in doubt.
@@ -200,8 +215,8 @@ impl Counters {
         Stopped {
             redirected: sum(Counter::Redirected),
             exempt: sum(Counter::Exempt),
-            origin_refused: sum(Counter::OriginRefused),
-            origin_bypassed: sum(Counter::OriginBypassed),
+            refused: sum(Counter::Refused),
+            bypassed: sum(Counter::Bypassed),
             publish_failed: sum(Counter::PublishFailed),
             events_lost: 0,
         }

@@ -20,10 +20,11 @@ pub const OLDEST_KERNEL: (u32, u32) = (5, 10);
 const OLDEST_KERNEL_NAME: &str = "5.10";
 
 /// Capabilities without which the guard cannot start: load programs, attach them and add an
-/// address, read other processes' executables.
-pub const NEEDED_CAPABILITIES: [Capability; 3] = [
+/// address, listen on a port below 1024, read other processes' executables.
+pub const NEEDED_CAPABILITIES: [Capability; 4] = [
     Capability::CAP_BPF,
     Capability::CAP_NET_ADMIN,
+    Capability::CAP_NET_BIND_SERVICE,
     Capability::CAP_SYS_PTRACE,
 ];
 
@@ -44,6 +45,20 @@ pub fn capabilities() -> Result<(), Failure> {
         Err(Failure::Capabilities {
             missing: missing.join(", "),
         })
+    }
+}
+
+/// Inode of the initial pid namespace (kernel: PROC_PID_INIT_INO).
+const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+
+/// Whether this process sees the host's process ids, as the kernel programs do.
+///
+/// # Errors
+/// [`Failure::PidNamespace`] if it has a pid namespace of its own.
+pub fn pid_namespace() -> Result<(), Failure> {
+    match fs::metadata("/proc/self/ns/pid") {
+        Ok(namespace) if namespace.ino() == INITIAL_PID_NAMESPACE => Ok(()),
+        _ => Err(Failure::PidNamespace),
     }
 }
 
@@ -152,7 +167,7 @@ pub fn missing_features() -> Vec<String> {
     }
     for (name, map) in [
         ("ring buffers", MapType::RingBuf),
-        ("socket storage", MapType::SkStorage),
+        ("LRU maps", MapType::LruHash),
     ] {
         if matches!(is_map_supported(map), Ok(false)) {
             missing.push(name.to_owned());
@@ -180,14 +195,9 @@ pub fn missing_features() -> Vec<String> {
             H::BPF_FUNC_ktime_get_boot_ns,
         ),
         (
-            "bpf_sk_storage_get",
-            ProgramType::CgroupSockAddr,
-            H::BPF_FUNC_sk_storage_get,
-        ),
-        (
-            "bpf_sk_storage_get",
+            "bpf_get_socket_cookie",
             ProgramType::SockOps,
-            H::BPF_FUNC_sk_storage_get,
+            H::BPF_FUNC_get_socket_cookie,
         ),
     ];
     for (name, program, helper) in helpers {

@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 /// The process behind a connection.
 ///
 /// The first group of fields comes from the kernel, taken while the process was in `connect(2)`: it
-/// is always true. The second is read from `/proc` while the process waits for its answer, and is
-/// there only if it surely belongs to the same process (`resolved`).
+/// is always true. The second is read from `/proc` while the process waits for its answer, all of it
+/// from the process that connected (`resolved`), but as it is then: a process that has executed
+/// another program since it connected shows that one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Caller {
     /// Process id (the kernel's tgid) in the host's pid namespace.
@@ -50,7 +51,7 @@ pub struct Caller {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub cgroup: Option<String>,
     /// Name of the user on the host; not given for processes in containers, which have users of
-    /// their own.
+    /// their own, unless it is the user who runs the container.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub user: Option<String>,
     /// The systemd unit it runs in.
@@ -89,6 +90,8 @@ pub enum Unresolved {
     Gone,
     /// Its pid belongs to a process that started after the connection was made.
     PidReused,
+    /// The kernel connected on behalf of a process that it does not tell (io_uring before Linux 5.12).
+    KernelThread,
     /// `/proc` could not be read.
     Unreadable,
 }

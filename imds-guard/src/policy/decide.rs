@@ -3,6 +3,7 @@
 use std::fmt;
 
 use clap::ValueEnum;
+use hyper::StatusCode;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -78,34 +79,38 @@ pub struct Decision {
     pub verdict: Verdict,
     /// Why.
     pub reason: Reason,
-    /// The HTTP status of a refusal; 0 if it is forwarded.
-    pub refusal: u16,
+    /// The HTTP status of a refusal, if it is not forwarded.
+    pub refusal: Option<StatusCode>,
 }
 
 impl Policy {
     /// Judges a request that came over `hops` network hops.
     #[must_use]
-    pub fn decide(&self, request: &Request<'_>, hops: u8) -> Decision {
+    pub fn decide(&self, request: &Request, hops: u8) -> Decision {
         match request.imds {
-            Imds::V1 => self.unwanted(Reason::NoToken, 401),
-            Imds::Token if request.forwarded => self.unwanted(Reason::Forwarded, 403),
-            Imds::Token if hops > self.hop_limit => self.unwanted(Reason::HopLimit, 403),
+            Imds::V1 => self.unwanted(Reason::NoToken, StatusCode::UNAUTHORIZED),
+            Imds::Token if request.forwarded => {
+                self.unwanted(Reason::Forwarded, StatusCode::FORBIDDEN)
+            }
+            Imds::Token if hops > self.hop_limit => {
+                self.unwanted(Reason::HopLimit, StatusCode::FORBIDDEN)
+            }
             Imds::Token => Decision::allow(Reason::TokenRequest),
             Imds::V2 => Decision::allow(Reason::SessionToken),
         }
     }
 
-    fn unwanted(&self, reason: Reason, status: u16) -> Decision {
+    fn unwanted(&self, reason: Reason, status: StatusCode) -> Decision {
         match self.mode {
             Mode::Audit => Decision {
                 verdict: Verdict::Audit,
                 reason,
-                refusal: 0,
+                refusal: None,
             },
             Mode::Enforce => Decision {
                 verdict: Verdict::Deny,
                 reason,
-                refusal: status,
+                refusal: Some(status),
             },
         }
     }
@@ -116,7 +121,7 @@ impl Decision {
         Self {
             verdict: Verdict::Allow,
             reason,
-            refusal: 0,
+            refusal: None,
         }
     }
 
@@ -124,23 +129,21 @@ impl Decision {
     #[must_use]
     pub fn malformed(malformed: Malformed) -> Self {
         let refusal = match malformed {
-            Malformed::Target => 405,
-            Malformed::TooLong => 414,
-            Malformed::Body => 413,
-            Malformed::RepeatedToken | Malformed::Upgrade => 400,
+            Malformed::Target => StatusCode::METHOD_NOT_ALLOWED,
+            Malformed::TooLong => StatusCode::URI_TOO_LONG,
+            Malformed::Body => StatusCode::PAYLOAD_TOO_LARGE,
+            Malformed::RepeatedToken | Malformed::Upgrade => StatusCode::BAD_REQUEST,
         };
         Self {
             verdict: Verdict::Deny,
             reason: Reason::Malformed,
-            refusal,
+            refusal: Some(refusal),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use hyper::Method;
-
     use super::*;
 
     #[test]
@@ -170,12 +173,8 @@ mod tests {
             (audit,   1,         Imds::Token, true,     1,    marked,  Forwarded,    0),
         ];
         for (mode, hop_limit, imds, forwarded, hops, verdict, reason, refusal) in table {
-            let request = Request {
-                method: &Method::GET,
-                path: "/",
-                imds,
-                forwarded,
-            };
+            let request = Request { imds, forwarded };
+            let refusal = StatusCode::from_u16(refusal).ok();
             let got = Policy { mode, hop_limit }.decide(&request, hops);
             assert_eq!(
                 got,

@@ -5,12 +5,15 @@ const INITIAL_TTLS: [u8; 3] = [64, 128, 255];
 
 /// Network hops between the caller and the guard, as the instance would count them: 1 from the
 /// guard's own network namespace, 2 from another one (a bridged or CNI container), and one more for
-/// each router that took one off the connection's TTL.
+/// each router that took one off the connection's TTL. Nothing lies between the guard and its own
+/// namespace: what a client there has set its TTL to does not count.
 ///
 /// `syn_ttl` is the TTL (IPv6: hop limit) with which the connection's SYN arrived.
 #[must_use]
 pub fn hops(same_netns: bool, syn_ttl: Option<u8>) -> u8 {
-    let base = if same_netns { 1 } else { 2 };
+    if same_netns {
+        return 1;
+    }
     let lost = syn_ttl.map_or(0, |ttl| {
         let initial = INITIAL_TTLS
             .into_iter()
@@ -18,7 +21,7 @@ pub fn hops(same_netns: bool, syn_ttl: Option<u8>) -> u8 {
             .unwrap_or(u8::MAX);
         initial - ttl
     });
-    lost.saturating_add(base)
+    lost.saturating_add(2)
 }
 
 #[cfg(test)]
@@ -35,6 +38,7 @@ mod tests {
             (false, Some(63), 3),
             (false, Some(127), 3),
             (true, Some(255), 1),
+            (true, Some(5), 1),
             (false, Some(0), 66),
             (false, Some(129), 128),
         ];

@@ -11,4 +11,11 @@ mod request;
 pub use caller::Caller;
 pub use decide::{Decision, Mode, Policy, Reason, Verdict};
 pub use hops::hops;
-pub use request::{Imds, Malformed, Request, TOKEN_HEADER, TOKEN_PATH};
+/// The beginning of a text, of at most so many bytes: what a client can make long is cut before it is
+/// recorded.
+#[must_use]
+pub fn shortened(text: &str, bytes: usize) -> String {
+    text[..text.floor_char_boundary(bytes)].to_owned()
+}
+
+pub use request::{Imds, Malformed, Request, TOKEN_HEADER};

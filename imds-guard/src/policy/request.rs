@@ -4,8 +4,6 @@ use hyper::{HeaderMap, Method, Uri, header::HeaderName};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Where session tokens are made, with `PUT`.
-pub const TOKEN_PATH: &str = "/latest/api/token";
 /// Carries a session token.
 pub const TOKEN_HEADER: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token");
 /// Proxies add it; the service refuses tokens to requests that carry it.
@@ -22,7 +20,8 @@ pub enum Imds {
     V1,
     /// With a session token; whether it is valid only the service knows.
     V2,
-    /// Asks for a session token.
+    /// Asks for a session token: every `PUT`, whatever its path, as the service knows no other. How
+    /// it reads a path that is written differently is not for the guard to guess.
     Token,
 }
 
@@ -50,30 +49,21 @@ pub enum Malformed {
 }
 
 /// A request as it is judged.
-#[derive(Clone, Copy, Debug)]
-pub struct Request<'a> {
-    /// The method, as sent.
-    pub method: &'a Method,
-    /// The path without its query, as sent.
-    pub path: &'a str,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
     /// The version of the protocol.
     pub imds: Imds,
     /// Whether a proxy says that it passed this on.
     pub forwarded: bool,
 }
 
-impl<'a> Request<'a> {
+impl Request {
     /// Brings a request into canonical form.
     ///
     /// # Errors
     /// What cannot be judged unambiguously is [`Malformed`].
-    pub fn classify(
-        method: &'a Method,
-        target: &'a Uri,
-        headers: &HeaderMap,
-    ) -> Result<Self, Malformed> {
-        let path = target.path();
-        if method == Method::CONNECT || !path.starts_with('/') {
+    pub fn classify(method: &Method, target: &Uri, headers: &HeaderMap) -> Result<Self, Malformed> {
+        if method == Method::CONNECT || !target.path().starts_with('/') {
             return Err(Malformed::Target);
         }
         if target.path_and_query().map_or(0, |pq| pq.as_str().len()) > MAX_TARGET {
@@ -87,7 +77,7 @@ impl<'a> Request<'a> {
         if tokens.next().is_some() {
             return Err(Malformed::RepeatedToken);
         }
-        let imds = if method == Method::PUT && path == TOKEN_PATH {
+        let imds = if method == Method::PUT {
             Imds::Token
         } else if token.is_some_and(|token| !token.as_bytes().trim_ascii().is_empty()) {
             Imds::V2
@@ -95,12 +85,7 @@ impl<'a> Request<'a> {
             Imds::V1
         };
         let forwarded = headers.contains_key(FORWARDED_HEADER);
-        Ok(Self {
-            method,
-            path,
-            imds,
-            forwarded,
-        })
+        Ok(Self { imds, forwarded })
     }
 }
 
@@ -121,20 +106,32 @@ mod tests {
         let token = ("X-aws-ec2-metadata-token", "AQAEAxyz==");
         let ttl = ("X-aws-ec2-metadata-token-ttl-seconds", "60");
         let long = format!("/{}", "a".repeat(MAX_TARGET));
+        let put = "/latest/api/token";
         let role = "/latest/meta-data/iam/security-credentials/r";
         let table = [
-            (Method::PUT, TOKEN_PATH, vec![ttl], Ok(Imds::Token)),
-            (Method::PUT, TOKEN_PATH, vec![], Ok(Imds::Token)),
+            (Method::PUT, put, vec![ttl], Ok(Imds::Token)),
+            (Method::PUT, put, vec![], Ok(Imds::Token)),
+            (Method::PUT, put, vec![token], Ok(Imds::Token)),
             (
                 Method::PUT,
                 "http://other.example/latest/api/token",
                 vec![ttl],
                 Ok(Imds::Token),
             ),
-            (Method::PUT, "/latest/api/%74oken", vec![ttl], Ok(Imds::V1)),
-            (Method::PUT, "//latest/api/token", vec![ttl], Ok(Imds::V1)),
-            (Method::GET, TOKEN_PATH, vec![ttl], Ok(Imds::V1)),
-            (Method::POST, TOKEN_PATH, vec![ttl], Ok(Imds::V1)),
+            (
+                Method::PUT,
+                "/latest/api/%74oken",
+                vec![token],
+                Ok(Imds::Token),
+            ),
+            (
+                Method::PUT,
+                "//latest/api/token",
+                vec![token],
+                Ok(Imds::Token),
+            ),
+            (Method::GET, put, vec![ttl], Ok(Imds::V1)),
+            (Method::POST, put, vec![ttl], Ok(Imds::V1)),
             (Method::GET, "/latest/meta-data/", vec![token], Ok(Imds::V2)),
             (Method::HEAD, "/", vec![token], Ok(Imds::V2)),
             (Method::GET, role, vec![], Ok(Imds::V1)),

@@ -14,13 +14,14 @@ use imds_guard_common::flow::{Family, Origin};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::JoinHandle,
 };
 
 use super::{Proxy, pipeline::Connection, syn};
 use crate::{
     kernel::flow_key,
     policy::{caller::Netns, hops},
-    record::{Kind, RefusedConnection},
+    record::{ConnectionRefusal, Kind, RefusedConnection},
 };
 
 /// How long to wait when the process is out of file descriptors, before accepting again.
@@ -31,6 +32,7 @@ pub struct Acceptor {
     proxy: Arc<Proxy>,
     places: Arc<Semaphore>,
     stop: watch::Sender<bool>,
+    loops: Vec<JoinHandle<()>>,
 }
 
 impl Acceptor {
@@ -42,6 +44,7 @@ impl Acceptor {
             proxy: Arc::new(proxy),
             places,
             stop: watch::Sender::new(false),
+            loops: Vec::new(),
         }
     }
 
@@ -49,27 +52,30 @@ impl Acceptor {
     ///
     /// # Errors
     /// The listener cannot be watched.
-    pub fn serve(&self, listener: std::net::TcpListener) -> io::Result<()> {
+    pub fn serve(&mut self, listener: std::net::TcpListener) -> io::Result<()> {
         let listener = TcpListener::from_std(listener)?;
         let (proxy, places) = (Arc::clone(&self.proxy), Arc::clone(&self.places));
         let stop = self.stop.subscribe();
-        tokio::spawn(async move {
-            tokio::select! {
-                () = accept_all(&listener, &proxy, &places, &stop) => {}
-                () = told_to(stop.clone()) => {}
-            }
-        });
+        self.loops.push(tokio::spawn(async move {
+            accept_all(&listener, &proxy, &places, &stop).await;
+        }));
         Ok(())
     }
 
-    /// Stops accepting, lets requests in flight finish, and waits for them, within the limit for
-    /// draining. Returns how many connections were cut off.
+    /// Takes what has been waiting, stops accepting, lets requests in flight finish, and waits for
+    /// them, within the limit for draining. Returns how many connections were cut off.
     pub async fn drain(self) -> usize {
         self.stop.send_replace(true);
         let all = self.proxy.limits.connections;
-        let everyone_left = self
-            .places
-            .acquire_many(u32::try_from(all).unwrap_or(u32::MAX));
+        let everyone_left = async {
+            for accepting in self.loops {
+                if let Err(error) = accepting.await {
+                    log::error!("a listener ended early: {error}");
+                }
+            }
+            let all = u32::try_from(all).unwrap_or(u32::MAX);
+            self.places.acquire_many(all).await.map(|_| ())
+        };
         match tokio::time::timeout(self.proxy.limits.drain, everyone_left).await {
             Ok(_) => 0,
             Err(_elapsed) => all - self.places.available_permits(),
@@ -83,13 +89,20 @@ async fn accept_all(
     places: &Arc<Semaphore>,
     stop: &watch::Receiver<bool>,
 ) {
+    let mut stopping = stop.clone();
     loop {
-        // The place first: without one, connections wait in the backlog instead of in memory.
-        let Ok(place) = Arc::clone(places).acquire_owned().await else {
-            return;
+        let accepted = tokio::select! {
+            // What waits comes first, also when it is time to stop.
+            biased;
+            accepted = listener.accept() => accepted,
+            () = told_to(&mut stopping) => return,
         };
-        match listener.accept().await {
+        match accepted {
             Ok((stream, peer)) => {
+                // Without a place it waits here, and others in the backlog instead of in memory.
+                let Ok(place) = Arc::clone(places).acquire_owned().await else {
+                    return;
+                };
                 tokio::spawn(serve(Arc::clone(proxy), stream, peer, place, stop.clone()));
             }
             Err(error) => {
@@ -105,14 +118,14 @@ async fn serve(
     stream: TcpStream,
     peer: SocketAddr,
     _place: OwnedSemaphorePermit,
-    stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<bool>,
 ) {
     let accepted = Instant::now();
     let Some((origin, family)) = origin(&proxy, &stream, peer) else {
         proxy
             .recorder
             .record(Kind::ConnectionRefused(RefusedConnection {
-                reason: "not_redirected".into(),
+                reason: ConnectionRefusal::NotRedirected,
                 peer: peer.to_string(),
             }));
         return;
@@ -136,7 +149,7 @@ async fn serve(
     tokio::pin!(http);
     let served = tokio::select! {
         served = http.as_mut() => served,
-        () = told_to(stop) => {
+        () = told_to(&mut stop) => {
             http.as_mut().graceful_shutdown();
             http.await
         }
@@ -147,7 +160,7 @@ async fn serve(
 }
 
 /// Returns when it is time to stop.
-async fn told_to(mut stop: watch::Receiver<bool>) {
+async fn told_to(stop: &mut watch::Receiver<bool>) {
     // The sender is gone only when everything ends.
     let _sender_gone = stop.wait_for(|stop| *stop).await.is_err();
 }

@@ -1,7 +1,10 @@
 //! One request: classify → decide → forward or refuse → record.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -22,7 +25,7 @@ use crate::{
     config::Limits,
     identify::Resolver,
     kernel::FlowTable,
-    policy::{Caller, Decision, Imds, Malformed, Policy, Request, Verdict},
+    policy::{Caller, Decision, Imds, Malformed, Policy, Request, Verdict, shortened},
     record::{self, Kind, Latency, Recorder, UpstreamFailure},
 };
 
@@ -51,7 +54,7 @@ pub struct Proxy {
 
 /// What is known of a connection before its first request.
 pub struct Connection {
-    caller: Caller,
+    caller: Arc<Caller>,
     family: Family,
     hops: u8,
     /// Microseconds that naming the caller took, until the first request takes them on itself.
@@ -70,7 +73,7 @@ struct Outcome {
 impl Connection {
     pub(super) fn new(caller: Caller, family: Family, hops: u8, naming: Duration) -> Self {
         Self {
-            caller,
+            caller: Arc::new(caller),
             family,
             hops,
             naming: micros(naming).into(),
@@ -157,7 +160,7 @@ impl Proxy {
                 upstream_failure: outcome.upstream_failure.clone(),
                 endpoint: from.family.into(),
                 hops: from.hops,
-                caller: from.caller.clone(),
+                caller: Arc::clone(&from.caller),
                 latency_us: Latency {
                     guard: micros(guard) + from.naming.swap(0, Relaxed),
                     upstream: micros(outcome.upstream_time),
@@ -168,7 +171,7 @@ impl Proxy {
 
 impl Outcome {
     fn refused(decision: Decision) -> Self {
-        let status = StatusCode::from_u16(decision.refusal).unwrap_or(StatusCode::FORBIDDEN);
+        let status = decision.refusal.unwrap_or(StatusCode::FORBIDDEN);
         Self {
             answer: answer::error(status),
             decision,
@@ -188,11 +191,4 @@ impl Outcome {
 
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-fn shortened(text: &str, bytes: usize) -> String {
-    let end = (0..=bytes.min(text.len()))
-        .rev()
-        .find(|at| text.is_char_boundary(*at));
-    text[..end.unwrap_or(0)].to_owned()
 }

@@ -2,6 +2,8 @@
 //!
 //! Fields are only ever added; a change of meaning raises [`SCHEMA_VERSION`].
 
+use std::sync::Arc;
+
 use imds_guard_common::flow::Family;
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -77,7 +79,7 @@ pub struct Request {
     /// Network hops between the caller and the guard.
     pub hops: u8,
     /// Who asked.
-    pub caller: Caller,
+    pub caller: Arc<Caller>,
     /// How long it took.
     pub latency_us: Latency,
 }
@@ -138,11 +140,18 @@ pub struct Latency {
 /// A connection that no caller was published for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RefusedConnection {
-    /// Always `not_redirected`: it came to the listener itself, not to a metadata address; from this
-    /// host, or from another one.
-    pub reason: String,
+    /// Why.
+    pub reason: ConnectionRefusal,
     /// Where it came from: address and port.
     pub peer: String,
+}
+
+/// Why a connection was closed before any request was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ConnectionRefusal {
+    /// It came to the listener itself, not to a metadata address; from this host, or from another one.
+    NotRedirected,
 }
 
 /// How the guard was started.
@@ -165,10 +174,11 @@ pub struct Stopped {
     pub redirected: u64,
     /// The guard's own connections to the metadata service.
     pub exempt: u64,
-    /// Connections refused in the kernel: no memory to remember their caller (enforce).
-    pub origin_refused: u64,
-    /// Connections that went past the guard: no memory to remember their caller (audit).
-    pub origin_bypassed: u64,
+    /// Connections refused in the kernel because they could not be served: no memory to remember
+    /// their caller, or no listener for IPv6 (enforce).
+    pub refused: u64,
+    /// Connections that went past the guard for the same reasons (audit).
+    pub bypassed: u64,
     /// Connections whose caller could not be handed to the guard, and that it refused.
     pub publish_failed: u64,
     /// Events lost over the whole run.

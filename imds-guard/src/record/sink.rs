@@ -4,34 +4,41 @@ use std::{
     io::{self, BufWriter, Write},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-        mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, channel, sync_channel},
     },
-    thread::{self, JoinHandle},
+    thread,
+    time::Duration,
 };
 
 use super::{Event, Kind};
 
-/// Events that may wait to be written; more are counted as lost.
+/// Events that may wait to be written, by number and by bytes; more are counted as lost.
 const QUEUE: usize = 8192;
+const QUEUE_BYTES: usize = 16 * 1024 * 1024;
+
+/// How long the last events may take to be written: whoever reads them may have stopped doing so.
+const LAST_WRITES: Duration = Duration::from_secs(5);
 
 /// Hands events to the writer. Never blocks, never fails: what cannot be queued is counted.
 #[derive(Clone)]
 pub struct Recorder {
-    queue: SyncSender<Event>,
+    queue: SyncSender<Vec<u8>>,
     host: Arc<str>,
-    lost: Arc<Lost>,
+    backlog: Arc<Backlog>,
 }
 
 /// Ends the writing thread.
 pub struct Writer {
-    thread: JoinHandle<()>,
+    ended: Receiver<()>,
 }
 
+/// What waits to be written, and what could not wait.
 #[derive(Default)]
-struct Lost {
+struct Backlog {
+    bytes: AtomicUsize,
     unreported: AtomicU64,
-    total: AtomicU64,
+    lost: AtomicU64,
 }
 
 impl Recorder {
@@ -41,85 +48,101 @@ impl Recorder {
     /// # Errors
     /// The thread could not be started.
     pub fn start(host: &str, out: impl Write + Send + 'static) -> io::Result<(Self, Writer)> {
-        let (queue, events) = sync_channel(QUEUE);
-        let lost = Arc::new(Lost::default());
+        let (queue, lines) = sync_channel(QUEUE);
+        let (ends, ended) = channel();
+        let backlog = Arc::new(Backlog::default());
         let host: Arc<str> = host.into();
-        let thread = thread::Builder::new().name("events".into()).spawn({
-            let (lost, host) = (Arc::clone(&lost), Arc::clone(&host));
-            move || write_all(&events, out, &lost, &host)
+        thread::Builder::new().name("events".into()).spawn({
+            let (backlog, host) = (Arc::clone(&backlog), Arc::clone(&host));
+            move || {
+                write_all(&lines, out, &backlog, &host);
+                // Dropped, and so noticed, also by a panic.
+                drop(ends);
+            }
         })?;
-        Ok((Self { queue, host, lost }, Writer { thread }))
+        let recorder = Self {
+            queue,
+            host,
+            backlog,
+        };
+        Ok((recorder, Writer { ended }))
     }
 
     /// Records that something happened just now.
     pub fn record(&self, kind: Kind) {
-        let event = Event::now(&self.host, kind);
-        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) =
-            self.queue.try_send(event)
-        {
-            self.lost.add(1);
+        let Some(line) = line(&self.host, kind) else {
+            return self.backlog.lose(1);
+        };
+        let bytes = line.len();
+        let waiting = self.backlog.bytes.fetch_add(bytes, Relaxed);
+        if waiting + bytes > QUEUE_BYTES || self.queue.try_send(line).is_err() {
+            self.backlog.bytes.fetch_sub(bytes, Relaxed);
+            self.backlog.lose(1);
         }
     }
 
     /// Events lost since the start.
     #[must_use]
     pub fn lost(&self) -> u64 {
-        self.lost.total.load(Relaxed)
+        self.backlog.lost.load(Relaxed)
     }
 }
 
 impl Writer {
-    /// Waits until everything that was recorded is written. All recorders must be dropped before.
+    /// Waits until everything that was recorded is written, or can't be within [`LAST_WRITES`]. All
+    /// recorders must be dropped before.
     pub fn finish(self) {
-        if self.thread.join().is_err() {
-            log::error!("the event writer ended early; some events are missing");
+        if self.ended.recv_timeout(LAST_WRITES) == Err(RecvTimeoutError::Timeout) {
+            log::error!("the last events are lost: nobody takes them within {LAST_WRITES:?}");
         }
     }
 }
 
-impl Lost {
-    fn add(&self, count: u64) {
+impl Backlog {
+    fn lose(&self, count: u64) {
         self.unreported.fetch_add(count, Relaxed);
-        self.total.fetch_add(count, Relaxed);
+        self.lost.fetch_add(count, Relaxed);
     }
 }
 
-fn write_all(events: &Receiver<Event>, out: impl Write, lost: &Lost, host: &str) {
+/// An event of now as it is written; `None` if it cannot be.
+fn line(host: &str, kind: Kind) -> Option<Vec<u8>> {
+    let mut line = serde_json::to_vec(&Event::now(host, kind)).ok()?;
+    line.push(b'\n');
+    Some(line)
+}
+
+fn write_all(lines: &Receiver<Vec<u8>>, out: impl Write, backlog: &Backlog, host: &str) {
     let mut out = BufWriter::new(out);
     let mut failed = false;
     loop {
         // Batches while more is waiting, and lets readers see an event at once when nothing is.
-        let event = match events.try_recv() {
+        let event = match lines.try_recv() {
             Ok(event) => event,
             Err(TryRecvError::Disconnected) => break,
             Err(TryRecvError::Empty) => {
                 report(&mut failed, out.flush());
-                match events.recv() {
+                match lines.recv() {
                     Ok(event) => event,
                     Err(_) => break,
                 }
             }
         };
-        match lost.unreported.swap(0, Relaxed) {
+        match backlog.unreported.swap(0, Relaxed) {
             0 => {}
-            count => report(
-                &mut failed,
-                write(&mut out, &Event::now(host, Kind::EventsLost { count })),
-            ),
+            count => {
+                let lost = line(host, Kind::EventsLost { count }).unwrap_or_default();
+                report(&mut failed, out.write_all(&lost));
+            }
         }
-        let written = write(&mut out, &event);
+        let written = out.write_all(&event);
+        backlog.bytes.fetch_sub(event.len(), Relaxed);
         if written.is_err() {
-            lost.add(1);
+            backlog.lose(1);
         }
         report(&mut failed, written);
     }
     report(&mut failed, out.flush());
-}
-
-fn write(out: &mut impl Write, event: &Event) -> io::Result<()> {
-    let mut line = serde_json::to_vec(event)?;
-    line.push(b'\n');
-    out.write_all(&line)
 }
 
 /// Says once that events cannot be written, and once that they can again.
@@ -136,13 +159,13 @@ fn report(failed: &mut bool, result: io::Result<()>) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{
-        Mutex,
-        mpsc::{self, Sender},
-    };
+    use std::sync::{Mutex, mpsc::Sender};
 
     use super::*;
-    use crate::record::Stopped;
+    use crate::{
+        policy::Mode,
+        record::{Started, Stopped},
+    };
 
     #[derive(Clone, Default)]
     struct Shared(Arc<Mutex<Vec<u8>>>);
@@ -199,10 +222,45 @@ mod tests {
     }
 
     #[test]
+    fn what_waits_is_bounded_in_bytes_too() {
+        let (entered, has_entered) = channel();
+        let (release, released) = channel();
+        let out = Shared::default();
+        let stuck = Stuck {
+            entered,
+            release: released,
+            out: out.clone(),
+        };
+        let (recorder, writer) = Recorder::start("h", stuck).unwrap();
+        let megabyte = || {
+            Kind::Started(Started {
+                version: String::new(),
+                mode: Mode::Audit,
+                cgroup: "x".repeat(1 << 20),
+                listeners: Vec::new(),
+            })
+        };
+        recorder.record(megabyte());
+        has_entered.recv().unwrap();
+        for _ in 0..20 {
+            recorder.record(megabyte());
+        }
+        assert_eq!(
+            recorder.lost(),
+            20 - 14,
+            "one is being written, 14 fit beside it"
+        );
+        drop(release);
+        drop(recorder);
+        writer.finish();
+        assert_eq!(lines(&out).len(), 1 + 14 + 1);
+    }
+
+    #[test]
     fn events_that_find_no_place_are_counted_and_reported() {
         let out = Shared::default();
-        let (entered, has_entered) = mpsc::channel();
-        let (release, released) = mpsc::channel();
+        let (entered, has_entered) = channel();
+        let (release, released) = channel();
         let stuck = Stuck {
             entered,
             release: released,

@@ -34,13 +34,14 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
     settings.validate()?;
     probe::capabilities()?;
     let release = probe::kernel()?;
+    probe::pid_namespace()?;
     let cgroup = probe::cgroup(settings.cgroup.as_deref())?;
     log::debug!("kernel {release}, cgroup {}", cgroup.display());
 
     let events = event_output(settings.events.as_deref())?;
     let (_addresses, ipv6) = Addresses::claim(settings)?;
     let listeners = bind(settings, ipv6)?;
-    let mut kernel = Kernel::load(settings)?;
+    let mut kernel = Kernel::load(settings, ipv6)?;
     let maps = kernel.take_maps()?;
     let netns_cookie = netns_cookie(&listeners);
     privileges::raise_file_limit(settings.limits.connections);
@@ -93,7 +94,7 @@ async fn serve(
     mut kernel: Kernel,
     cgroup: &Path,
     listeners: Vec<TcpListener>,
-    acceptor: Acceptor,
+    mut acceptor: Acceptor,
     recorder: &Recorder,
     counters: &Counters,
 ) -> Result<Stopped, Failure> {
@@ -133,9 +134,11 @@ async fn serve(
         "stopping: requests in flight may take up to {:?}",
         settings.limits.drain
     );
-    // First: nobody is redirected to a listener that is about to close.
-    drop(kernel);
+    // First: nobody is redirected to a listener that is about to close. Whoever was redirected
+    // before still needs the other programs.
+    kernel.stop_redirecting();
     let cut_off = acceptor.drain().await;
+    drop(kernel);
     if cut_off > 0 {
         log::warn!("{cut_off} connections were cut off");
     }
