@@ -33,6 +33,21 @@ pub const fn mapped(v4: u32) -> Words {
     [0, 0, MAPPED_MARK, v4]
 }
 
+/// The address that four words stand for.
+#[must_use]
+pub const fn address(words: Words) -> IpAddr {
+    let [a, b, c, d] = [
+        words[0].to_ne_bytes(),
+        words[1].to_ne_bytes(),
+        words[2].to_ne_bytes(),
+        words[3].to_ne_bytes(),
+    ];
+    IpAddr::V6(Ipv6Addr::from_octets([
+        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2],
+        d[3],
+    ]))
+}
+
 const fn words6(address: Ipv6Addr) -> Words {
     let o = address.octets();
     [
@@ -52,6 +67,7 @@ mod tests {
         let v4 = Ipv4Addr::new(169, 254, 169, 254);
         let mapped_words = words(IpAddr::V4(v4));
         assert_eq!(mapped_words, words(IpAddr::V6(v4.to_ipv6_mapped())));
+        assert_eq!(address(mapped_words).to_canonical(), IpAddr::V4(v4));
         assert_ne!(mapped_words, words(IpAddr::V6(Ipv6Addr::LOCALHOST)));
     }
 }

@@ -1,4 +1,4 @@
-//! What the kernel programs count and are told.
+//! What the kernel programs count.
 
 /// Index of a counter in the per-CPU array `COUNTERS`.
 #[repr(u32)]
@@ -15,17 +15,15 @@ pub enum Counter {
     Bypassed = 3,
     /// Redirected connections whose caller could not be published: the listener refuses them.
     PublishFailed = 4,
+    /// Connections refused while no daemon was there (closed).
+    UnattendedRefused = 5,
+    /// Connections let past while no daemon was there (open).
+    UnattendedBypassed = 6,
+    /// Packets that a layer dropped.
+    PacketsDropped = 7,
+    /// Packets that a layer let pass, though they are not the guard's.
+    PacketsPassed = 8,
 }
 
 /// How many counters there are.
-pub const COUNTERS: u32 = 5;
-
-/// The mode as the kernel programs know it, the one entry of the array `MODE`.
-#[repr(u32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Watch: when in doubt, let it pass and count.
-    Audit = 0,
-    /// Enforce: when in doubt, refuse.
-    Enforce = 1,
-}
+pub const COUNTERS: u32 = 9;

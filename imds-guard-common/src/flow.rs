@@ -1,19 +1,40 @@
 //! Who opened a redirected connection, and the key under which the daemon finds it.
 
-use crate::addr::Words;
-
-/// A redirected TCP connection, as both its ends see it.
+/// What a connection's first packet carries, and no other one does: whoever publishes it has seen the
+/// packet leave, whoever looks it up has seen it arrive. Address translation changes neither.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct FlowKey {
-    /// The client's address.
-    pub client: Words,
-    /// The address of the guard's listener.
-    pub listener: Words,
-    /// The client's port, in host byte order.
-    pub client_port: u32,
-    /// The listener's port, in host byte order.
-    pub listener_port: u32,
+pub struct SynKey {
+    /// The initial sequence number: unpredictable for others (RFC 6528).
+    pub sequence: u32,
+    /// The timestamp (RFC 7323), which Linux offsets by an unpredictable number for each pair of
+    /// addresses; 0 where timestamps are off (`net.ipv4.tcp_timestamps`).
+    pub timestamp: u32,
+}
+
+impl SynKey {
+    /// How many bytes of a SYN's TCP header tell the key: without options, 20 are enough.
+    pub const HEADER: usize = 32;
+
+    /// The key of a SYN, from the beginning of its TCP header.
+    ///
+    /// Linux puts the timestamp right behind the maximum segment size, with selective
+    /// acknowledgements or padding before it; elsewhere it is not looked for.
+    #[must_use]
+    #[inline(always)]
+    pub const fn of(tcp: &[u8; Self::HEADER]) -> Self {
+        let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
+        let words = tcp[12] >> 4;
+        let timestamp = if words >= 8 && tcp[26] == 8 && tcp[27] == 10 {
+            u32::from_be_bytes([tcp[28], tcp[29], tcp[30], tcp[31]])
+        } else {
+            0
+        };
+        Self {
+            sequence,
+            timestamp,
+        }
+    }
 }
 
 /// Which form of a metadata address the client asked for.
@@ -69,13 +90,13 @@ impl Origin {
     }
 }
 
-const _: () = assert!(size_of::<FlowKey>() == 40);
+const _: () = assert!(size_of::<SynKey>() == 8);
 const _: () = assert!(size_of::<Origin>() == 72);
 
 #[cfg(feature = "user")]
 mod pod {
     // SAFETY: repr(C), plain integers, no padding (sizes asserted above), any bit pattern is valid.
-    unsafe impl aya::Pod for super::FlowKey {}
+    unsafe impl aya::Pod for super::SynKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Origin {}
 }

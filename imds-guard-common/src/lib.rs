@@ -5,5 +5,7 @@
 #![no_std]
 
 pub mod addr;
+pub mod control;
 pub mod event;
 pub mod flow;
+pub mod packet;

@@ -25,6 +25,7 @@ const ALLOW: i32 = 1;
 /// `connect(2)` fails with EPERM.
 const REFUSE: i32 = 0;
 const IPPROTO_TCP: u32 = 6;
+const IPPROTO_MPTCP: u32 = 262;
 
 /// Whether a matched connection goes on, and if so, whether it was claimed for the guard.
 enum Claim {
@@ -93,13 +94,23 @@ fn claim(ctx: &SockAddrContext, family: Family, served: bool) -> Claim {
             bpf_get_socket_cookie(ctx.as_ptr()),
         )
     };
-    if protocol != IPPROTO_TCP {
+    // Other protocols have no listener to be turned to; their packets are the backstop's.
+    if protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP {
         return Claim::LeaveAlone;
     }
-    // SAFETY: the value is only tested for presence.
-    if unsafe { maps::EXEMPT.get(cookie) }.is_some() {
+    if maps::is_exempt(cookie) {
         maps::count(Counter::Exempt);
         return Claim::LeaveAlone;
+    }
+    let control = maps::control();
+    if !maps::attended() {
+        return if maps::stops(&control) {
+            maps::count(Counter::UnattendedRefused);
+            Claim::Refuse
+        } else {
+            maps::count(Counter::UnattendedBypassed);
+            Claim::LeaveAlone
+        };
     }
     let origin = caller(ctx, cookie, family);
     // A second connect on the same socket replaces the first.
@@ -108,7 +119,7 @@ fn claim(ctx: &SockAddrContext, family: Family, served: bool) -> Claim {
             .insert(cookie, origin, BPF_ANY.into())
             .is_err()
     {
-        return if maps::enforcing() {
+        return if maps::stops(&control) {
             maps::count(Counter::Refused);
             warn!(ctx, "pid {} refused: it cannot be served", origin.pid);
             Claim::Refuse

@@ -1,7 +1,8 @@
 //! imds-guard's kernel programs: entry points only.
 //!
-//! `connect*` turns connections for a metadata endpoint to the guard's listener, `sockops` tells the
-//! listener who made them, `getpeername*` shows the client the address it asked for.
+//! `connect*` turns connections for a metadata endpoint to the guard's listener, `egress` tells the
+//! listener who made them and stops what went around, `perimeter` stops what never passed `egress`,
+//! `getpeername*` shows the client the address it asked for.
 #![no_std]
 #![no_main]
 #![allow(
@@ -10,13 +11,15 @@
 )]
 
 mod connect;
+mod egress;
 mod maps;
+mod packet;
 mod peername;
-mod sockops;
+mod perimeter;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, sock_ops},
-    programs::{SockAddrContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock_addr, classifier},
+    programs::{SkBuffContext, SockAddrContext, TcContext},
 };
 
 #[cgroup_sock_addr(connect4)]
@@ -39,9 +42,14 @@ pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     peername::v6(&ctx)
 }
 
-#[sock_ops]
-pub fn publish_caller(ctx: SockOpsContext) -> u32 {
-    sockops::publish(&ctx)
+#[cgroup_skb(egress)]
+pub fn backstop(ctx: SkBuffContext) -> i32 {
+    egress::egress(&ctx)
+}
+
+#[classifier]
+pub fn imds_perimeter(ctx: TcContext) -> i32 {
+    perimeter::egress(&ctx)
 }
 
 #[panic_handler]

@@ -2,13 +2,16 @@
 
 use aya_ebpf::{
     Global,
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    helpers::generated::bpf_ktime_get_ns,
     macros::btf_map,
 };
 use imds_guard_common::{
     addr::Words,
-    event::{COUNTERS as COUNTER_COUNT, Counter, Mode},
-    flow::{FlowKey, Origin},
+    control::{Control, Mode, OnFailure},
+    event::{COUNTERS as COUNTER_COUNT, Counter},
+    flow::{Origin, SynKey},
+    packet::{Budget, LAYERS, Packet},
 };
 
 // The addresses live in `.rodata`: a map that the daemon fills before the programs load and that is
@@ -33,26 +36,39 @@ pub static LISTENER_V6: Global<Words> = Global::new([0; 4]);
 #[unsafe(no_mangle)]
 pub static LISTENER_PORT: Global<u32> = Global::new(0);
 
-/// What to do in doubt: a [`Mode`] as number. Written by the daemon, also while running; read only
-/// for connections to a metadata endpoint.
+/// What to do, and whether anybody is there. Written by the daemon; read only for connections and
+/// packets to a metadata endpoint.
 #[btf_map]
-pub static MODE: Array<u32, 1> = Array::new();
+pub static CONTROL: Array<Control, 1> = Array::new();
+
+/// Until when a daemon vouches that it is there, in nanoseconds (`CLOCK_MONOTONIC`). Its heartbeat
+/// puts it off several times a second.
+#[btf_map]
+pub static ALIVE_UNTIL: Array<u64, 1> = Array::new();
 
 /// Socket cookies of the guard's own upstream connections. Written by the daemon before it connects,
 /// removed when the connection closes.
 #[btf_map]
 pub static EXEMPT: HashMap<u64, u8, 4096> = HashMap::new();
 
-/// The caller, by socket cookie, from its `connect(2)` until its source port is chosen a moment later
-/// in the same call. LRU: what a failed connect leaves behind is evicted in time. Not socket storage:
-/// that is charged to the socket's option memory, which the client itself can use up beforehand.
+/// The caller of `connect(2)`, by socket cookie, until its SYN leaves: a moment later in the same call,
+/// and again whenever it is retransmitted. LRU: evicted in time. Not socket storage: that is charged
+/// to the socket's option memory, which the client itself can use up beforehand.
 #[btf_map]
 pub static PENDING: LruHashMap<u64, Origin, 16384> = LruHashMap::new();
 
-/// The caller of each connection on its way to the listener. Written when the source port is known,
-/// removed by the daemon when it accepts. LRU: what is never accepted is evicted in time.
+/// The caller of each connection on its way to the listener. Written when its SYN leaves, removed by
+/// the daemon when it accepts. LRU: what is never accepted is evicted in time.
 #[btf_map]
-pub static FLOWS: LruHashMap<FlowKey, Origin, 16384> = LruHashMap::new();
+pub static FLOWS: LruHashMap<SynKey, Origin, 16384> = LruHashMap::new();
+
+/// Packets for a metadata endpoint that are not the guard's, for the daemon to record.
+#[btf_map]
+pub static PACKETS: RingBuf<Packet, 65536> = RingBuf::new();
+
+/// How many packets were reported lately, by [`imds_guard_common::packet::Layer`].
+#[btf_map]
+pub static BUDGETS: Array<Budget, { LAYERS as usize }> = Array::new();
 
 /// What happened, by [`Counter`].
 #[btf_map]
@@ -67,9 +83,33 @@ pub fn count(counter: Counter) {
     }
 }
 
-/// Whether doubt means refusal.
+/// What the daemon wants; what an array that was never written says is audit and open.
 #[inline(always)]
-pub fn enforcing() -> bool {
-    MODE.get(0)
-        .is_some_and(|mode| *mode == Mode::Enforce as u32)
+pub fn control() -> Control {
+    CONTROL.get(0).copied().unwrap_or_default()
+}
+
+/// Whether a daemon is there.
+#[inline(always)]
+pub fn attended() -> bool {
+    // SAFETY: a helper without preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    ALIVE_UNTIL.get(0).is_some_and(|until| now < *until)
+}
+
+/// Whether those whom the guard is there to stop are stopped.
+#[inline(always)]
+pub fn stops(control: &Control) -> bool {
+    if attended() {
+        control.mode == Mode::Enforce as u32
+    } else {
+        control.on_failure == OnFailure::Closed as u32
+    }
+}
+
+/// Whether this socket is one of the guard's own upstream connections.
+#[inline(always)]
+pub fn is_exempt(cookie: u64) -> bool {
+    // SAFETY: the value is only tested for presence.
+    unsafe { EXEMPT.get(cookie) }.is_some()
 }

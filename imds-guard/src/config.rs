@@ -6,7 +6,14 @@ use std::{
     time::Duration,
 };
 
-use crate::{failure::Failure, identify::CommandLines, policy::Policy};
+use clap::ValueEnum;
+use imds_guard_common::control;
+
+use crate::{
+    failure::Failure,
+    identify::CommandLines,
+    policy::{Mode, Policy},
+};
 
 /// The metadata service's IPv4 address (EC2 User Guide, "Access instance metadata").
 pub const IMDS_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
@@ -101,11 +108,76 @@ impl Upstreams {
     }
 }
 
+/// What becomes of connections while no daemon is there to decide: after a crash, and after a stop that
+/// leaves the kernel programs in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnFailure {
+    /// They are refused.
+    Closed,
+    /// They go straight to the metadata service.
+    Open,
+}
+
+impl OnFailure {
+    /// Closed where requests are judged, open where they are only watched.
+    #[must_use]
+    pub const fn of(mode: Mode) -> Self {
+        match mode {
+            Mode::Enforce => Self::Closed,
+            Mode::Audit => Self::Open,
+        }
+    }
+}
+
+impl From<OnFailure> for control::OnFailure {
+    fn from(on_failure: OnFailure) -> Self {
+        match on_failure {
+            OnFailure::Closed => Self::Closed,
+            OnFailure::Open => Self::Open,
+        }
+    }
+}
+
+/// What becomes of the kernel programs when the daemon is told to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnStop {
+    /// They stay, and follow [`OnFailure`] until the next daemon takes over.
+    Keep,
+    /// They go.
+    Detach,
+}
+
+impl OnStop {
+    /// Kept where requests are judged, so that a restart leaves no gap.
+    #[must_use]
+    pub const fn of(mode: Mode) -> Self {
+        match mode {
+            Mode::Enforce => Self::Keep,
+            Mode::Audit => Self::Detach,
+        }
+    }
+}
+
+/// The interfaces that the perimeter guards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Uplinks {
+    /// None: it is switched off.
+    None,
+    /// Every network card of the machine.
+    Physical,
+    /// These.
+    Named(Vec<String>),
+}
+
 /// Bounds on what a client can make the guard hold or wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Client connections served at once; more wait in the listener's backlog.
     pub connections: usize,
+    /// Of these, how many from one cgroup, and from one user other than root; more are refused.
+    pub connections_per_caller: usize,
+    /// Of these, how many from one network namespace other than the guard's; more are refused.
+    pub connections_per_netns: usize,
     /// Bytes of a request's head.
     pub head_bytes: usize,
     /// Header fields of a request.
@@ -131,10 +203,26 @@ pub struct Limits {
     pub drain: Duration,
 }
 
+impl Limits {
+    /// Limits for so many connections, of which one caller can have a quarter, and one network
+    /// namespace a half.
+    #[must_use]
+    pub fn for_connections(connections: usize) -> Self {
+        Self {
+            connections,
+            connections_per_caller: (connections / 4).max(1),
+            connections_per_netns: (connections / 2).max(1),
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 1024,
+            connections_per_caller: 256,
+            connections_per_netns: 512,
             head_bytes: 16 * 1024,
             headers: 64,
             request_body: 16 * 1024,
@@ -163,6 +251,18 @@ pub struct Settings {
     pub listeners: Pair,
     /// The interface that carries them.
     pub link: String,
+    /// The interfaces that the perimeter guards.
+    pub uplinks: Uplinks,
+    /// Whether the backstop judges packets.
+    pub backstop: bool,
+    /// What happens while no daemon is there.
+    pub on_failure: OnFailure,
+    /// What becomes of the kernel programs at the end.
+    pub on_stop: OnStop,
+    /// Where links and maps are pinned.
+    pub pins: PathBuf,
+    /// Whether to take over from a daemon that is running.
+    pub replace: bool,
     /// Where requests are forwarded to.
     pub upstreams: Upstreams,
     /// The event file; `None` is standard output.

@@ -73,6 +73,36 @@ pub enum Failure {
          --pid=host)"
     )]
     PidNamespace,
+    /// Exit code 18.
+    #[error(
+        "{} is not in a BPF file system, where the kernel programs are kept: mount one with \
+         `mount -t bpf bpf /sys/fs/bpf` (in a container: mount the host's /sys/fs/bpf into it), or \
+         name another place with --pins", path.display()
+    )]
+    Bpffs {
+        /// Where pins should be.
+        path: PathBuf,
+    },
+    /// Exit code 19.
+    #[error(
+        "imds-guard is already running with pid {pid}: stop it, or take over from it with --replace"
+    )]
+    Running {
+        /// The other daemon.
+        pid: u32,
+    },
+    /// Exit code 20.
+    #[error(
+        "{} was left by another version of imds-guard, whose kernel programs this one does not know \
+         (it knows {known}): run `imds-guard detach` of that version first, or remove the directory",
+        found.display()
+    )]
+    Layout {
+        /// The pins of the other version.
+        found: PathBuf,
+        /// The layout of this version.
+        known: &'static str,
+    },
     /// Exit code 2, as for a bad option.
     #[error("{0}")]
     Settings(String),
@@ -94,7 +124,10 @@ Exit codes:
   14  the listener's port is busy
   15  the listener's address belongs to another interface
   16  the event file cannot be written
-  17  not in the host's pid namespace";
+  17  not in the host's pid namespace
+  18  no BPF file system for the pins
+  19  imds-guard is already running
+  20  pins of another version are in place";
 
 impl Failure {
     /// The process's exit code.
@@ -111,6 +144,9 @@ impl Failure {
             Self::AddressInUse { .. } => 15,
             Self::Events { .. } => 16,
             Self::PidNamespace => 17,
+            Self::Bpffs { .. } => 18,
+            Self::Running { .. } => 19,
+            Self::Layout { .. } => 20,
         })
     }
 }

@@ -10,6 +10,7 @@ pub mod failure;
 pub mod identify;
 pub mod kernel;
 pub mod lab;
+pub mod net;
 pub mod policy;
 pub mod proxy;
 pub mod record;

@@ -6,7 +6,6 @@
 
 use std::{
     ffi::OsStr,
-    path::Path,
     process::{Command, Output, Stdio},
     sync::Arc,
 };
@@ -61,12 +60,8 @@ impl Sandbox {
     #[must_use]
     pub fn with(program: &str, arguments: &[&str], change: impl FnOnce(&mut Command)) -> Self {
         let lab = lab();
-        let mut command = lab.command(Place::Guard, Path::new(program));
-        command
-            .arg("run")
-            .arg("--cgroup")
-            .arg(lab.cgroup().path())
-            .args(arguments);
+        let mut command = lab.guard_command(program);
+        command.args(arguments);
         change(&mut command);
         let guard = Guard::spawn(&mut command).unwrap_or_else(|error| panic!("{error:#}"));
         Self { guard, lab }

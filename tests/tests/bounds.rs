@@ -12,31 +12,21 @@ use std::{
 use imds_guard::{
     config::{Limits, Upstreams},
     identify::{CommandLines, Resolver},
-    kernel::{Exempt, FlowTable, MemoryFlows, flow_key},
+    kernel::{Everyone, Exempt},
     policy::{Malformed, Mode, Policy},
-    proxy::{Acceptor, Proxy, Upstream, listen},
+    proxy::{Acceptor, Backlog, Proxy, Upstream, listen},
     record::{Event, Kind, Recorder, Writer},
 };
-use imds_guard_common::flow::{FlowKey, Origin};
+use imds_guard_common::flow::Origin;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpSocket, TcpStream},
+    net::{TcpListener, TcpStream},
 };
 
 const LOCALHOST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 const V2: &str = "X-aws-ec2-metadata-token: x\r\n";
 
-#[derive(Clone)]
-struct SharedFlows(Arc<MemoryFlows>);
-
-impl FlowTable for SharedFlows {
-    fn take(&self, key: &FlowKey) -> std::io::Result<Option<Origin>> {
-        self.0.take(key)
-    }
-}
-
 struct Rig {
-    flows: SharedFlows,
     address: SocketAddr,
     acceptor: Acceptor,
     writer: Writer,
@@ -46,14 +36,19 @@ struct Rig {
 impl Rig {
     async fn new(limits: Limits, body: &'static [u8]) -> Self {
         let upstream = serve_canned(body).await;
-        let flows = SharedFlows(Arc::default());
         let (events, output) = std::io::pipe().unwrap();
         let (recorder, writer) = Recorder::start("test", output).unwrap();
         let listener = listen(LOCALHOST, &limits).unwrap();
         let address = listener.local_addr().unwrap();
         let mut acceptor = Acceptor::new(Proxy {
-            flows: Box::new(flows.clone()),
-            resolver: Resolver::new("/proc", "/etc/passwd", Some(1), CommandLines::Off),
+            flows: Box::new(Everyone(origin())),
+            resolver: Arc::new(Resolver::new(
+                "/proc",
+                "/etc/passwd",
+                "/nonexistent",
+                Some(1),
+                CommandLines::Off,
+            )),
             policy: Policy {
                 mode: Mode::Enforce,
                 hop_limit: 1,
@@ -71,7 +66,6 @@ impl Rig {
         });
         acceptor.serve(listener).unwrap();
         Self {
-            flows,
             address,
             acceptor,
             writer,
@@ -79,29 +73,8 @@ impl Rig {
         }
     }
 
-    /// Connects as the kernel programs would have it: with a caller published beforehand.
     async fn connect(&self) -> TcpStream {
-        let socket = TcpSocket::new_v4().unwrap();
-        socket.bind(LOCALHOST).unwrap();
-        let client = socket.local_addr().unwrap();
-        let pid = std::process::id();
-        self.flows.0.publish(
-            flow_key(client, self.address),
-            Origin {
-                cookie: 1,
-                cgroup_id: 1,
-                netns_cookie: 1,
-                connected_at: u64::MAX,
-                pid,
-                tid: pid,
-                uid: 0,
-                gid: 0,
-                comm: *b"test\0\0\0\0\0\0\0\0\0\0\0\0",
-                family: 1,
-                padding: 0,
-            },
-        );
-        socket.connect(self.address).await.unwrap()
+        TcpStream::connect(self.address).await.unwrap()
     }
 
     async fn ask(&self, request: &str) -> String {
@@ -111,7 +84,7 @@ impl Rig {
     }
 
     async fn finish(self) -> Vec<Event> {
-        assert_eq!(self.acceptor.drain().await, 0);
+        assert_eq!(self.acceptor.drain(Backlog::Serve).await, 0);
         let (writer, events) = (self.writer, self.events);
         tokio::task::spawn_blocking(move || {
             writer.finish();
@@ -122,6 +95,24 @@ impl Rig {
         })
         .await
         .unwrap()
+    }
+}
+
+/// The caller of every connection: this process.
+fn origin() -> Origin {
+    let pid = std::process::id();
+    Origin {
+        cookie: 1,
+        cgroup_id: 1,
+        netns_cookie: 1,
+        connected_at: u64::MAX,
+        pid,
+        tid: pid,
+        uid: 0,
+        gid: 0,
+        comm: *b"test\0\0\0\0\0\0\0\0\0\0\0\0",
+        family: 1,
+        padding: 0,
     }
 }
 

@@ -18,7 +18,13 @@ use crate::GUARD;
 
 /// Runs `imds-guard run` with this in front of it; it must not start.
 fn refused(lab: &Lab, before: &[&str], arguments: &[&str]) -> (i32, String) {
-    let words = [before, &[GUARD, "run"], arguments].concat();
+    let pins = lab.pins();
+    let pins = if arguments.contains(&"--pins") {
+        [].as_slice()
+    } else {
+        &["--pins", pins.to_str().unwrap()]
+    };
+    let words = [before, &[GUARD, "run"], pins, arguments].concat();
     let output = run(lab
         .command(Place::Guard, words[0])
         .args(&words[1..])
@@ -106,6 +112,30 @@ fn in_a_cgroup_namespace_that_hides_the_root() {
 }
 
 #[test]
+fn without_a_bpf_file_system() {
+    let lab = lab();
+    let cgroup = lab.cgroup().path().to_str().unwrap();
+    let elsewhere = ["--cgroup", cgroup, "--pins", "/tmp/imds-guard"];
+    let output = refused(&lab, &[], &elsewhere);
+    assert_says(&output, 18, &["/tmp/imds-guard", "mount -t bpf", "--pins"]);
+}
+
+#[test]
+fn with_pins_of_another_version() {
+    let lab = lab();
+    let cgroup = lab.cgroup().path().to_str().unwrap();
+    let other = lab.pins().join("v999");
+    std::fs::create_dir_all(&other).unwrap();
+    let output = refused(&lab, &[], &["--cgroup", cgroup]);
+    let other = other.to_str().unwrap();
+    assert_says(
+        &output,
+        20,
+        &[other, "another version", "imds-guard detach"],
+    );
+}
+
+#[test]
 fn on_an_old_kernel() {
     let lab = lab();
     let old = refused(&lab, &["setarch", "--uname-2.6"], &[]);
@@ -113,15 +143,12 @@ fn on_an_old_kernel() {
 }
 
 #[test]
-fn with_a_busy_port() {
+fn while_another_one_is_running() {
     let sandbox = Sandbox::new(GUARD, &[]);
     let cgroup = sandbox.lab.cgroup().path().to_str().unwrap();
     let second = refused(&sandbox.lab, &[], &["--cgroup", cgroup]);
-    assert_says(
-        &second,
-        14,
-        &["169.254.171.254:254 is busy", "ss -ltnp", "--listen"],
-    );
+    let pid = format!("pid {}", sandbox.guard.pid());
+    assert_says(&second, 19, &["already running", &pid, "--replace"]);
     // The first one is unharmed, and so are its addresses.
     let answer = sandbox.curl(
         Place::Host,
@@ -149,7 +176,7 @@ fn a_failed_start_leaves_no_address_behind() {
     assert_says(
         &refused(&lab, &[], &["--cgroup", cgroup]),
         14,
-        &["169.254.171.254:254 is busy"],
+        &["169.254.171.254:254 is busy", "ss -ltnp", "--listen"],
     );
     server.kill().unwrap();
     server.wait().unwrap();
@@ -202,7 +229,11 @@ fn without_ipv6_the_rest_is_served() {
             panic!("{events:?}");
         };
         let expected = if mode == "enforce" { (2, 0) } else { (0, 2) };
-        assert_eq!((stopped.refused, stopped.bypassed), expected, "{mode}");
+        assert_eq!(
+            (stopped.counts.refused, stopped.counts.bypassed),
+            expected,
+            "{mode}"
+        );
         // What is let past is not served unseen: it is counted.
         let through = if mode == "enforce" { 0 } else { 4 };
         assert_eq!(lab.imds().counters().v1_requests, through, "{mode}");
@@ -268,7 +299,9 @@ fn events_go_to_a_file_that_is_its_owners_alone() {
     let lab = lab();
     let mut guard = lab
         .command(Place::Guard, GUARD)
-        .args(["run", "--events", path.to_str().unwrap(), "--cgroup"])
+        .args(["run", "--events", path.to_str().unwrap(), "--pins"])
+        .arg(lab.pins())
+        .arg("--cgroup")
         .arg(lab.cgroup().path())
         .stderr(Stdio::piped())
         .spawn()

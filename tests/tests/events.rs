@@ -5,11 +5,12 @@ use std::{env, fs, path::PathBuf, sync::Arc};
 use imds_guard::{
     policy::{
         Caller, Imds, Malformed, Mode, Reason, Verdict,
-        caller::{Netns, Parent, Unresolved},
+        caller::{Netns, Parent, Sender, Unresolved},
     },
     record::{
-        ConnectionRefusal, Endpoint, Event, Kind, Latency, RefusedConnection, Request,
-        SCHEMA_VERSION, Started, Stopped, UpstreamFailure, UpstreamFailureKind,
+        ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer, Packet,
+        RefusedConnection, Request, SCHEMA_VERSION, Started, Stopped, UpstreamFailure,
+        UpstreamFailureKind,
     },
 };
 
@@ -115,6 +116,16 @@ fn every_kind_of_event_is_written_as_documented() {
         Kind::ConnectionRefused(RefusedConnection {
             reason: ConnectionRefusal::NotRedirected,
             peer: "10.88.0.2:40000".into(),
+            pid: None,
+            uid: None,
+            comm: None,
+        }),
+        Kind::ConnectionRefused(RefusedConnection {
+            reason: ConnectionRefusal::TooMany,
+            peer: "169.254.171.254:40000".into(),
+            pid: Some(4242),
+            uid: Some(33),
+            comm: Some("backup".into()),
         }),
         Kind::EventsLost { count: 7 },
         Kind::Started(Started {
@@ -122,11 +133,49 @@ fn every_kind_of_event_is_written_as_documented() {
             mode: Mode::Audit,
             cgroup: "/sys/fs/cgroup".into(),
             listeners: vec!["169.254.171.254:254".into()],
+            on_failure: "closed".into(),
+            backstop: true,
+            uplinks: vec!["ens5".into()],
+        }),
+        Kind::Packet(Packet {
+            verdict: Verdict::Deny,
+            layer: Layer::Perimeter,
+            protocol: "tcp".into(),
+            endpoint: Endpoint::Ipv4,
+            source: [192, 168, 122, 7].into(),
+            source_port: Some(50123),
+            ttl: 63,
+            interface: "ens5".into(),
+            came_from: Some("virbr0".into()),
+            sender: None,
+            unreported: 0,
+        }),
+        Kind::Packet(Packet {
+            verdict: Verdict::Audit,
+            layer: Layer::Backstop,
+            protocol: "udp".into(),
+            endpoint: Endpoint::Ipv6,
+            source: "2001:db8::7".parse().unwrap(),
+            source_port: None,
+            ttl: 64,
+            interface: "ens5".into(),
+            came_from: None,
+            sender: Some(Sender {
+                uid: 33,
+                cgroup_id: 5150,
+                cgroup: Some("/system.slice/backup.service".into()),
+                systemd_unit: Some("backup.service".into()),
+                container_id: None,
+            }),
+            unreported: 17,
         }),
         Kind::Stopped(Stopped {
-            redirected: 12,
-            exempt: 3,
-            ..Stopped::default()
+            counts: Counts {
+                redirected: 12,
+                exempt: 3,
+                ..Counts::default()
+            },
+            events_lost: 0,
         }),
     ];
     let lines: Vec<String> = kinds

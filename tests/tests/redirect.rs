@@ -184,7 +184,7 @@ print(udp.getpeername())
         "b'server' ('127.0.0.1', 80)\nthe service itself refused\n('169.254.169.254', 80)"
     );
     let (earlier, stopped) = last_words(sandbox);
-    assert_eq!((earlier, stopped.redirected), (0, 0));
+    assert_eq!((earlier, stopped.counts.redirected), (0, 0));
 }
 
 /// A1: the listener serves only those whom the kernel has redirected.
@@ -234,13 +234,11 @@ print('connected')
     assert_eq!(sandbox.python(Place::Host, script), "connected");
     signal(nix::sys::signal::Signal::SIGCONT);
     // Neither is served: the first is gone, the second was not redirected.
-    for _ in 0..2 {
-        let event = sandbox.guard.event().unwrap();
-        assert!(
-            matches!(event.kind, Kind::ConnectionRefused(_)),
-            "{event:?}"
-        );
-    }
+    let event = sandbox.guard.event().unwrap();
+    assert!(
+        matches!(event.kind, Kind::ConnectionRefused(_)),
+        "{event:?}"
+    );
     assert_eq!(sandbox.lab.imds().counters().connections, 0);
 }
 
@@ -272,7 +270,7 @@ print(s.recv(12).decode())
 
 #[test]
 fn a_guard_that_ends_leaves_the_way_as_it_was() {
-    let sandbox = Sandbox::new(GUARD, &["--mode", "enforce"]);
+    let sandbox = Sandbox::new(GUARD, &["--mode", "enforce", "--on-stop", "detach"]);
     let v1 = [format!("http://169.254.169.254{INSTANCE_ID_PATH}")];
     assert_eq!(sandbox.curl(Place::Host, &v1).status, 401);
     let (_, lab) = sandbox.stop();
@@ -295,7 +293,7 @@ fn the_guards_own_connections_are_pooled_and_never_redirected() {
     }
     assert_eq!(sandbox.lab.imds().counters().connections, 1);
     let (_, stopped) = last_words(sandbox);
-    assert_eq!((stopped.redirected, stopped.exempt), (20, 1));
+    assert_eq!((stopped.counts.redirected, stopped.counts.exempt), (20, 1));
 }
 
 #[test]

@@ -187,17 +187,10 @@ fn show(arguments: &Arguments, lab: &Lab) -> Result<ExitCode> {
 }
 
 fn start_guard(lab: &Lab, program: &Path, mode: Mode) -> Result<Guard> {
-    let mut command = lab.command(Place::Guard, program);
-    command.args([
-        "run",
-        "--hop-limit",
-        HOP_LIMIT,
-        "--mode",
-        &mode.to_string(),
-        "--cgroup",
-    ]);
+    let mut command = lab.guard_command(program);
+    command.args(["--hop-limit", HOP_LIMIT, "--mode", &mode.to_string()]);
     // Its messages would only come between the table's lines.
-    command.arg(lab.cgroup().path()).env("RUST_LOG", "warn");
+    command.env("RUST_LOG", "warn");
     Guard::spawn(&mut command)
 }
 

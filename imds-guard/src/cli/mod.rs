@@ -1,8 +1,10 @@
 //! The command line: arguments here, one file for each command.
 
 mod demo;
+mod detach;
 mod doctor;
 mod run;
+mod status;
 
 use std::process::ExitCode;
 
@@ -35,6 +37,12 @@ enum Command {
     /// Watch this host until SIGTERM
     #[command(long_about = run::ABOUT, after_long_help = EXIT_CODES)]
     Run(run::Arguments),
+    /// Show what is in force on this host
+    #[command(long_about = status::ABOUT)]
+    Status(status::Arguments),
+    /// Remove what a guard has left on this host
+    #[command(long_about = detach::ABOUT, after_long_help = EXIT_CODES)]
+    Detach(detach::Arguments),
     /// Show it at work, without EC2, in throw-away namespaces
     #[command(long_about = demo::ABOUT)]
     Demo(demo::Arguments),
@@ -50,6 +58,8 @@ pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(LOG_FILTER)).init();
     let done = match arguments.command {
         Command::Run(arguments) => run::main(&arguments),
+        Command::Status(arguments) => status::main(&arguments),
+        Command::Detach(arguments) => detach::main(&arguments),
         Command::Demo(arguments) => demo::main(&arguments),
         Command::Doctor(arguments) => return doctor::main(&arguments),
     };

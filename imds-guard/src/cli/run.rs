@@ -7,11 +7,12 @@ use log::LevelFilter;
 
 use crate::{
     config::{
-        IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4, LISTENER_V6, Limits, Pair,
-        Settings, Upstreams,
+        IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4, LISTENER_V6, Limits, OnFailure,
+        OnStop, Pair, Settings, Uplinks, Upstreams,
     },
     failure::Failure,
     identify::CommandLines,
+    kernel::PINS,
     policy::{Mode, Policy},
     service,
 };
@@ -24,7 +25,8 @@ Every TCP connection that a process makes to the metadata service is turned to i
 containers, too. Each request becomes one line of JSON (docs/events.md). Messages about the guard \
 itself go to standard error; RUST_LOG=debug shows more of them.
 
-When the guard ends, for whatever reason, connections go straight to the metadata service again.
+When the guard is killed, its kernel programs stay in place and follow --on-failure. On SIGTERM they \
+stay or go as --on-stop says; `imds-guard detach` removes them at any time.
 
 Start with --mode audit, which only records; switch to --mode enforce when no event has \
 \"imds\":\"v1\" any more.";
@@ -54,6 +56,40 @@ pub struct Arguments {
     /// Network interface that carries the guard's addresses
     #[arg(long, value_name = "NAME", default_value = "lo")]
     link: String,
+
+    /// Network interface through which the host is connected, guarded against packets of virtual
+    /// machines, packet sockets and the like; may be repeated
+    /// [default: every network card of the machine, also those that come later]
+    #[arg(long, value_name = "NAME")]
+    uplink: Vec<String>,
+
+    /// Leave packets on the uplinks alone
+    #[arg(long, conflicts_with = "uplink")]
+    no_perimeter: bool,
+
+    /// Leave packets alone that processes send to the metadata service past the redirect
+    #[arg(long)]
+    no_backstop: bool,
+
+    /// What becomes of connections when the guard has been killed, or was stopped and its kernel programs
+    /// stay: within a second they are refused, or go straight to the metadata service
+    /// [default: closed in enforce mode, open in audit mode]
+    #[arg(long, value_enum)]
+    on_failure: Option<OnFailure>,
+
+    /// What becomes of the kernel programs on SIGTERM: they are kept for the next start, or go
+    /// [default: keep in enforce mode, detach in audit mode]
+    #[arg(long, value_enum)]
+    on_stop: Option<OnStop>,
+
+    /// Take over from an imds-guard that is running: it hands over its listeners, finishes what it has
+    /// begun, and ends
+    #[arg(long)]
+    replace: bool,
+
+    /// Where the kernel programs and maps are pinned
+    #[arg(long, value_name = "PATH", default_value = PINS)]
+    pins: PathBuf,
 
     /// Metadata address that clients ask for, one for each family
     /// [default: 169.254.169.254:80 and [fd00:ec2::254]:80]
@@ -95,14 +131,21 @@ impl Arguments {
             listeners: Pair::new(LISTENER_V4, LISTENER_V6, LISTENER_PORT)
                 .with(&self.listen, "--listen")?,
             link: self.link.clone(),
+            uplinks: match (self.no_perimeter, self.uplink.is_empty()) {
+                (true, _) => Uplinks::None,
+                (false, true) => Uplinks::Physical,
+                (false, false) => Uplinks::Named(self.uplink.clone()),
+            },
+            backstop: !self.no_backstop,
+            on_failure: self.on_failure.unwrap_or(OnFailure::of(self.mode)),
+            on_stop: self.on_stop.unwrap_or(OnStop::of(self.mode)),
+            pins: self.pins.clone(),
+            replace: self.replace,
             upstreams: Upstreams::resolve(endpoints, &self.upstream)?,
             events: self.events.clone(),
             command_lines: self.command_lines,
             kernel_log: self.kernel_log,
-            limits: Limits {
-                connections: self.max_connections.into(),
-                ..Limits::default()
-            },
+            limits: Limits::for_connections(self.max_connections.into()),
         })
     }
 }

@@ -27,6 +27,14 @@ impl Cgroups {
         cgroups
     }
 
+    /// A cgroup that is known by its path.
+    pub fn of_path(path: &str) -> Self {
+        Self {
+            unified: Some(path.to_owned()),
+            legacy: Vec::new(),
+        }
+    }
+
     /// The path in the cgroup v2 hierarchy.
     pub fn path(self) -> Option<String> {
         self.unified

@@ -1,6 +1,7 @@
 //! From what the kernel saw to a named caller, read from `/proc` while the caller waits.
 
 mod cgroup;
+mod hierarchy;
 mod process;
 mod redact;
 mod users;
@@ -11,7 +12,9 @@ use clap::ValueEnum;
 use imds_guard_common::flow::Origin;
 use tokio::sync::Semaphore;
 
-use crate::policy::caller::{Caller, Netns, Unresolved};
+use crate::policy::caller::{Caller, Netns, Sender, Unresolved};
+use cgroup::Cgroups;
+use hierarchy::Hierarchy;
 use users::Users;
 
 /// How long reading a command line may take. It is the caller's own memory, and the caller can make
@@ -39,24 +42,27 @@ pub enum CommandLines {
 pub struct Resolver {
     proc: PathBuf,
     users: Users,
+    hierarchy: Hierarchy,
     netns_cookie: Option<u64>,
     command_lines: CommandLines,
     readers: Arc<Semaphore>,
 }
 
 impl Resolver {
-    /// A resolver that reads from this `/proc` and this passwd file. `netns_cookie` is that of the
+    /// A resolver that reads from this `/proc`, this passwd file and this cgroup v2 hierarchy. `netns_cookie` is that of the
     /// guard's own network namespace; `None` before Linux 5.14, where `SO_NETNS_COOKIE` is missing.
     #[must_use]
     pub fn new(
         proc: impl Into<PathBuf>,
         passwd: impl Into<PathBuf>,
+        cgroups: impl Into<PathBuf>,
         netns_cookie: Option<u64>,
         command_lines: CommandLines,
     ) -> Self {
         Self {
             proc: proc.into(),
             users: Users::of(passwd),
+            hierarchy: Hierarchy::at(cgroups),
             netns_cookie,
             command_lines,
             readers: Arc::new(Semaphore::new(COMMAND_LINE_READERS)),
@@ -93,6 +99,26 @@ impl Resolver {
             Err(why) => caller.unresolved = Some(why),
         }
         caller
+    }
+
+    /// Cookie of the guard's own network namespace.
+    #[must_use]
+    pub fn netns_cookie(&self) -> Option<u64> {
+        self.netns_cookie
+    }
+
+    /// Names the socket behind a packet, as far as its cgroup tells.
+    #[must_use]
+    pub fn sender(&self, cgroup_id: u64, uid: u32) -> Sender {
+        let path = self.hierarchy.path(cgroup_id);
+        let cgroups = path.as_deref().map(Cgroups::of_path).unwrap_or_default();
+        Sender {
+            uid,
+            cgroup_id,
+            systemd_unit: cgroups.systemd_unit(),
+            container_id: cgroups.container_id(),
+            cgroup: path,
+        }
     }
 
     async fn describe(&self, caller: &mut Caller, process: process::Process) {
@@ -149,7 +175,8 @@ impl Resolver {
     }
 }
 
-fn lossy(padded: &[u8]) -> String {
+/// A name that the kernel has padded with NUL.
+pub fn lossy(padded: &[u8]) -> String {
     let end = padded
         .iter()
         .position(|byte| *byte == 0)

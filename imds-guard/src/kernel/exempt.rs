@@ -24,6 +24,18 @@ impl Exempt {
         Self(Some(Arc::new(Mutex::new(map))))
     }
 
+    /// Forgets the sockets of a daemon that was killed. They are closed, and their cookies never used
+    /// again, but the map is of a limited size.
+    pub fn forget_all(&self) {
+        if let Some(map) = &self.0 {
+            let mut map = map.lock().unwrap_or_else(PoisonError::into_inner);
+            let cookies: Vec<u64> = map.keys().flatten().collect();
+            for cookie in cookies {
+                let _gone = map.remove(&cookie);
+            }
+        }
+    }
+
     /// Nothing to be exempt from: no kernel programs are attached.
     #[must_use]
     pub fn nothing() -> Self {

@@ -1,36 +1,42 @@
-//! Loads the programs, fills in the addresses, attaches them to a cgroup.
+//! Loads the programs, fills in the addresses, attaches and pins them.
 
 use std::{fs::File, path::Path};
 
 use anyhow::{Context as _, anyhow};
 use aya::{
     Ebpf, EbpfError, EbpfLoader, include_bytes_aligned,
-    maps::{Array, HashMap, MapData, PerCpuArray},
-    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SockOps},
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf},
+    programs::{
+        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, ProgramError,
+        SchedClassifier, links::FdLink,
+    },
 };
 use aya_log::EbpfLogger;
-use imds_guard_common::{
-    addr,
-    event::{self, Counter},
-};
+use imds_guard_common::{addr, event::Counter};
 use log::LevelFilter;
 use tokio::io::unix::AsyncFd;
 
-use super::{Exempt, KernelFlows, probe};
-use crate::{config::Settings, failure::Failure, policy::Mode, record::Stopped};
+use super::{
+    Exempt, KernelFlows,
+    control::{AliveUntil, Control},
+    perimeter::{self, Perimeter},
+    pins::{Pins, SHARED_MAPS},
+    probe,
+};
+use crate::{config::Settings, failure::Failure, net::Link, record::Counts};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/imds-guard.bpf.o"));
 
-const REDIRECT_PROGRAMS: [&str; 2] = ["connect4", "connect6"];
 const SOCK_ADDR_PROGRAMS: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
-const SOCK_OPS_PROGRAM: &str = "publish_caller";
+const EGRESS_PROGRAM: &str = "backstop";
 
 /// Ring buffer of the kernel programs' log when it is switched off: the smallest there is.
 const LOG_RING_OFF: u32 = 4096;
 
-/// The attached programs. They are detached when this is dropped.
+/// The programs. What is attached is pinned, and outlives this.
 pub struct Kernel {
     ebpf: Ebpf,
+    perimeter: Perimeter,
     logs: bool,
 }
 
@@ -42,6 +48,12 @@ pub struct Maps {
     pub exempt: Exempt,
     /// What the programs counted.
     pub counters: Counters,
+    /// What they are told to do.
+    pub control: Control,
+    /// Until when the daemon is taken for alive.
+    pub alive_until: AliveUntil,
+    /// What the layers report.
+    pub packets: RingBuf<MapData>,
 }
 
 /// What the kernel programs counted.
@@ -53,7 +65,7 @@ impl Kernel {
     ///
     /// # Errors
     /// [`Failure::KernelFeature`] if the kernel lacks something; otherwise what the verifier said.
-    pub fn load(settings: &Settings, ipv6: bool) -> Result<Self, Failure> {
+    pub fn load(settings: &Settings, ipv6: bool, pins: &Pins) -> Result<Self, Failure> {
         // Before 5.11 maps count against RLIMIT_MEMLOCK. Where that cannot be raised, loading says
         // so itself.
         let unlimited = libc::RLIM_INFINITY;
@@ -89,9 +101,15 @@ impl Kernel {
         if !logs {
             loader.map_max_entries("AYA_LOGS", LOG_RING_OFF);
         }
+        for name in SHARED_MAPS {
+            loader.map_pin_path(name, pins.map(name));
+        }
         let ebpf = loader.load(OBJECT).map_err(diagnose)?;
-        let mut kernel = Self { ebpf, logs };
-        kernel.set_mode(settings.policy.mode)?;
+        let mut kernel = Self {
+            ebpf,
+            perimeter: Perimeter::default(),
+            logs,
+        };
         kernel
             .load_programs()
             .map_err(|error| diagnose(error.into()))?;
@@ -100,57 +118,48 @@ impl Kernel {
 
     fn load_programs(&mut self) -> Result<(), ProgramError> {
         for name in SOCK_ADDR_PROGRAMS {
-            self.sock_addr(name)?.load()?;
+            program::<CgroupSockAddr>(&mut self.ebpf, name)?.load()?;
         }
-        self.sock_ops()?.load()
+        program::<CgroupSkb>(&mut self.ebpf, EGRESS_PROGRAM)?.load()?;
+        program::<SchedClassifier>(&mut self.ebpf, perimeter::PROGRAM)?.load()
     }
 
-    /// Attaches the programs to a cgroup; from now on its processes are redirected.
+    /// Attaches the programs to a cgroup, in place of those of an earlier daemon; from now on its
+    /// processes are redirected.
     ///
     /// # Errors
-    /// The cgroup cannot be opened, or another program there excludes ours.
-    pub fn attach(&mut self, cgroup: &Path) -> Result<(), Failure> {
+    /// The cgroup cannot be opened, another program there excludes ours, or links cannot be pinned.
+    pub fn attach(&mut self, cgroup: &Path, pins: &Pins) -> Result<(), Failure> {
         let directory = File::open(cgroup)
             .map_err(|error| Failure::Cgroup(format!("{}: {error}", cgroup.display())))?;
-        self.attach_all(&directory)
+        self.attach_all(&directory, pins)
             .with_context(|| format!("the programs cannot be attached to {}", cgroup.display()))?;
         Ok(())
     }
 
-    fn attach_all(&mut self, cgroup: &File) -> Result<(), ProgramError> {
+    fn attach_all(&mut self, cgroup: &File, pins: &Pins) -> anyhow::Result<()> {
         // The publisher first: a connection that is redirected must find its way.
         // A link takes no flags; it stands beside the programs of others all the same.
-        self.sock_ops()?.attach(cgroup, CgroupAttachMode::Single)?;
+        let egress: &mut CgroupSkb = program(&mut self.ebpf, EGRESS_PROGRAM)?;
+        let mode = CgroupAttachMode::Single;
+        let id = egress.attach(cgroup, CgroupSkbAttachType::Egress, mode)?;
+        pins.keep(EGRESS_PROGRAM, FdLink::try_from(egress.take_link(id)?)?)?;
         for name in SOCK_ADDR_PROGRAMS.into_iter().rev() {
-            self.sock_addr(name)?
-                .attach(cgroup, CgroupAttachMode::Single)?;
+            let program: &mut CgroupSockAddr = program(&mut self.ebpf, name)?;
+            let id = program.attach(cgroup, mode)?;
+            pins.keep(name, FdLink::try_from(program.take_link(id)?)?)?;
         }
         Ok(())
     }
 
-    /// From now on nobody is redirected any more; connections on their way still find theirs.
-    pub fn stop_redirecting(&mut self) {
-        for name in REDIRECT_PROGRAMS {
-            if let Err(error) = self.sock_addr(name).and_then(CgroupSockAddr::unload) {
-                log::warn!("{name} cannot be detached: {error}");
-            }
-        }
-    }
-
-    /// Tells the kernel programs what to do in doubt.
+    /// Attaches the perimeter to uplinks that it is not attached to yet.
     ///
     /// # Errors
-    /// The map cannot be written.
-    pub fn set_mode(&mut self, mode: Mode) -> Result<(), Failure> {
-        let map = self.ebpf.map_mut("MODE").ok_or_else(|| missing("MODE"))?;
-        let mut map: Array<_, u32> = Array::try_from(map).context("map MODE")?;
-        let mode = match mode {
-            Mode::Audit => event::Mode::Audit,
-            Mode::Enforce => event::Mode::Enforce,
-        };
-        map.set(0, mode as u32, 0)
-            .context("the mode cannot be told to the kernel")?;
-        Ok(())
+    /// The object lacks the program: it is not of this version.
+    pub fn follow_uplinks(&mut self, uplinks: &[Link], pins: &Pins) -> Result<usize, Failure> {
+        let program = program(&mut self.ebpf, perimeter::PROGRAM).context("the perimeter")?;
+        self.perimeter.follow(program, uplinks, pins);
+        Ok(self.perimeter.len())
     }
 
     /// Takes the maps out, for the rest of the guard.
@@ -159,11 +168,20 @@ impl Kernel {
     /// The object lacks one: it is not of this version.
     pub fn take_maps(&mut self) -> Result<Maps, Failure> {
         let mut take = |name| self.ebpf.take_map(name).ok_or_else(|| missing(name));
-        let (flows, exempt, counters) = (take("FLOWS")?, take("EXEMPT")?, take("COUNTERS")?);
+        let mut shared = |name| Ok::<_, Failure>(take(name)?);
+        let flows = HashMap::try_from(shared("FLOWS")?).context("map FLOWS")?;
+        let exempt = HashMap::try_from(shared("EXEMPT")?).context("map EXEMPT")?;
+        let counters = PerCpuArray::try_from(shared("COUNTERS")?).context("map COUNTERS")?;
+        let control = Array::try_from(shared("CONTROL")?).context("map CONTROL")?;
+        let alive_until = Array::try_from(shared("ALIVE_UNTIL")?).context("map ALIVE_UNTIL")?;
+        let packets = RingBuf::try_from(shared("PACKETS")?).context("map PACKETS")?;
         Ok(Maps {
-            flows: KernelFlows::new(HashMap::try_from(flows).context("map FLOWS")?),
-            exempt: Exempt::new(HashMap::try_from(exempt).context("map EXEMPT")?),
-            counters: Counters(PerCpuArray::try_from(counters).context("map COUNTERS")?),
+            flows: KernelFlows::new(flows),
+            exempt: Exempt::new(exempt),
+            counters: Counters(counters),
+            control: Control(control),
+            alive_until: AliveUntil(alive_until),
+            packets,
         })
     }
 
@@ -187,38 +205,46 @@ impl Kernel {
         });
         Ok(())
     }
+}
 
-    fn sock_addr(&mut self, name: &str) -> Result<&mut CgroupSockAddr, ProgramError> {
-        self.ebpf
-            .program_mut(name)
-            .ok_or(ProgramError::UnexpectedProgramType)?
-            .try_into()
-    }
-
-    fn sock_ops(&mut self) -> Result<&mut SockOps, ProgramError> {
-        self.ebpf
-            .program_mut(SOCK_OPS_PROGRAM)
-            .ok_or(ProgramError::UnexpectedProgramType)?
-            .try_into()
-    }
+/// A program of the object, as its type.
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, ProgramError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+{
+    ebpf.program_mut(name)
+        .ok_or(ProgramError::UnexpectedProgramType)?
+        .try_into()
 }
 
 impl Counters {
+    /// Those of pinned programs.
+    ///
+    /// # Errors
+    /// The map is not there.
+    pub fn open(pins: &Pins) -> anyhow::Result<Self> {
+        let map = Map::PerCpuArray(MapData::from_pin(pins.map("COUNTERS"))?);
+        Ok(Self(PerCpuArray::try_from(map)?))
+    }
+
     /// The sums over all CPUs; a counter that cannot be read is 0.
     #[must_use]
-    pub fn read(&self) -> Stopped {
+    pub fn read(&self) -> Counts {
         let sum = |counter: Counter| {
             self.0
                 .get(&(counter as u32), 0)
                 .map_or(0, |values| values.iter().sum())
         };
-        Stopped {
+        Counts {
             redirected: sum(Counter::Redirected),
             exempt: sum(Counter::Exempt),
             refused: sum(Counter::Refused),
             bypassed: sum(Counter::Bypassed),
             publish_failed: sum(Counter::PublishFailed),
-            events_lost: 0,
+            unattended_refused: sum(Counter::UnattendedRefused),
+            unattended_bypassed: sum(Counter::UnattendedBypassed),
+            packets_dropped: sum(Counter::PacketsDropped),
+            packets_passed: sum(Counter::PacketsPassed),
         }
     }
 }

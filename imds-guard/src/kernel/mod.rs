@@ -1,10 +1,18 @@
-//! The kernel side: loading and attaching the programs, and the maps shared with them.
+//! The kernel side: loading, attaching and pinning the programs, and the maps shared with them.
 
+mod control;
 mod exempt;
 mod flows;
 mod load;
+mod packets;
+mod perimeter;
+mod pins;
 pub mod probe;
 
+pub use control::{AliveUntil, Control, Heartbeat};
 pub use exempt::{Exempt, Exemption};
-pub use flows::{FlowTable, KernelFlows, MemoryFlows, flow_key};
+pub use flows::{Everyone, FlowTable, KernelFlows};
 pub use load::{Counters, Kernel, Maps};
+pub use packets::Packets;
+pub use perimeter::{PIN as PERIMETER_PIN, remove_filters};
+pub use pins::{Charge, DIRECTORY as PINS, LAYOUT, Pins};

@@ -158,7 +158,8 @@ pub fn missing_features() -> Vec<String> {
     }
     let programs = [
         ("cgroup/connect programs", ProgramType::CgroupSockAddr),
-        ("sock_ops programs", ProgramType::SockOps),
+        ("cgroup_skb programs", ProgramType::CgroupSkb),
+        ("tc programs", ProgramType::SchedClassifier),
     ];
     for (name, program) in programs {
         if matches!(is_program_supported(program), Ok(false)) {
@@ -196,8 +197,18 @@ pub fn missing_features() -> Vec<String> {
         ),
         (
             "bpf_get_socket_cookie",
-            ProgramType::SockOps,
+            ProgramType::CgroupSkb,
             H::BPF_FUNC_get_socket_cookie,
+        ),
+        (
+            "bpf_skb_cgroup_id",
+            ProgramType::CgroupSkb,
+            H::BPF_FUNC_skb_cgroup_id,
+        ),
+        (
+            "bpf_skb_cgroup_id",
+            ProgramType::SchedClassifier,
+            H::BPF_FUNC_skb_cgroup_id,
         ),
     ];
     for (name, program, helper) in helpers {

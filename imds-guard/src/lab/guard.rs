@@ -16,7 +16,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{Lab, Place};
+use super::Lab;
 use crate::record::{Event, Kind, Request};
 
 /// How long to wait for something that should happen at once, on a busy machine.
@@ -40,13 +40,7 @@ impl Guard {
         program: &Path,
         arguments: impl IntoIterator<Item = A>,
     ) -> Result<Self> {
-        let mut command = lab.command(Place::Guard, program);
-        command
-            .arg("run")
-            .arg("--cgroup")
-            .arg(lab.cgroup().path())
-            .args(arguments);
-        Self::spawn(&mut command)
+        Self::spawn(lab.guard_command(program).args(arguments))
     }
 
     /// Starts a prepared command that runs a guard, and waits until it watches.

@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
 
 use super::fake_imds::{Config, FakeImds, Settings};
-use super::{Cgroup, NetNs, cgroup, links};
+use super::{BpfFs, Cgroup, NetNs, cgroup, links};
 use crate::config::{IMDS_V4, IMDS_V6};
 
 /// The IPv4 address of the host's `eth0`.
@@ -144,6 +144,7 @@ pub struct Lab {
     container: Room,
     cgroup: Cgroup,
     imds: FakeImds,
+    bpffs: BpfFs,
     containers: AtomicU8,
     _imds_ns: NetNs,
 }
@@ -184,6 +185,7 @@ impl Lab {
             )?,
             cgroup,
             imds,
+            bpffs: BpfFs::new().context("cannot make a BPF file system")?,
             containers,
             _imds_ns: imds_ns,
         })
@@ -211,6 +213,23 @@ impl Lab {
     #[must_use]
     pub fn cgroup(&self) -> &Cgroup {
         &self.cgroup
+    }
+
+    /// Where a guard in this lab pins its programs.
+    #[must_use]
+    pub fn pins(&self) -> PathBuf {
+        self.bpffs.path().join("imds-guard")
+    }
+
+    /// A command that runs a guard on the lab's host, watching all of the lab: `run` with what every
+    /// guard in a lab needs.
+    #[must_use]
+    pub fn guard_command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = self.command(Place::Guard, program);
+        command.arg("run").arg("--cgroup").arg(self.cgroup.path());
+        command.arg("--pins").arg(self.pins());
+        command.args(["--uplink", "eth0"]);
+        command
     }
 
     /// The room behind a place.

@@ -23,6 +23,7 @@
 //! vanish with the last file descriptor and process in them. [`sweep`] removes the cgroups of labs
 //! that were killed; every new lab does that first.
 
+mod bpffs;
 mod cgroup;
 pub mod fake_imds;
 mod guard;
@@ -30,6 +31,7 @@ mod host;
 pub mod links;
 mod netns;
 
+pub use bpffs::BpfFs;
 pub use cgroup::{Cgroup, kill_all, sweep};
 pub use fake_imds::{Config, Counters, FakeImds, HttpTokens, Seen, Settings};
 pub use guard::Guard;

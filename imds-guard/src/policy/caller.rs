@@ -72,6 +72,24 @@ pub struct Parent {
     pub exe: Option<String>,
 }
 
+/// The socket behind a packet. Who holds it is not known: packets leave long after the call.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Sender {
+    /// Owner of the socket, as the user namespace of its network namespace numbers users.
+    pub uid: u32,
+    /// Inode of the cgroup v2 directory that the socket was made in.
+    pub cgroup_id: u64,
+    /// Path of that cgroup, if it is still there.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub cgroup: Option<String>,
+    /// Its systemd unit.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub systemd_unit: Option<String>,
+    /// Its container.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub container_id: Option<String>,
+}
+
 /// Whose network namespace a socket lives in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

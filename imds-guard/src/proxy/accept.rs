@@ -8,18 +8,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hyper::{server::conn::http1, service::service_fn};
+use futures_util::FutureExt as _;
+use hyper::{
+    header::{CONNECTION, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use imds_guard_common::flow::{Family, Origin};
+use imds_guard_common::flow::{Family, Origin, SynKey};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::JoinHandle,
 };
 
-use super::{Proxy, pipeline::Connection, syn};
+use super::{Proxy, pipeline::Connection, places::Places, syn};
 use crate::{
-    kernel::flow_key,
+    identify::lossy,
     policy::{caller::Netns, hops},
     record::{ConnectionRefusal, Kind, RefusedConnection},
 };
@@ -30,20 +35,32 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Accepts connections for a proxy, as many at once as its limits allow.
 pub struct Acceptor {
     proxy: Arc<Proxy>,
-    places: Arc<Semaphore>,
-    stop: watch::Sender<bool>,
+    room: Arc<Semaphore>,
+    places: Arc<Places>,
+    stop: watch::Sender<Option<Backlog>>,
     loops: Vec<JoinHandle<()>>,
+}
+
+/// What becomes of connections that wait to be accepted when the guard stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backlog {
+    /// They are served: the listeners close afterwards.
+    Serve,
+    /// They are left to the next daemon, which has the same listeners.
+    Leave,
 }
 
 impl Acceptor {
     /// Nothing is accepted before [`Acceptor::serve`].
     #[must_use]
     pub fn new(proxy: Proxy) -> Self {
-        let places = Arc::new(Semaphore::new(proxy.limits.connections));
+        let room = Arc::new(Semaphore::new(proxy.limits.connections));
+        let places = Places::new(proxy.limits, proxy.resolver.netns_cookie());
         Self {
             proxy: Arc::new(proxy),
+            room,
             places,
-            stop: watch::Sender::new(false),
+            stop: watch::Sender::new(None),
             loops: Vec::new(),
         }
     }
@@ -54,18 +71,22 @@ impl Acceptor {
     /// The listener cannot be watched.
     pub fn serve(&mut self, listener: std::net::TcpListener) -> io::Result<()> {
         let listener = TcpListener::from_std(listener)?;
+        let (room, stop) = (Arc::clone(&self.room), self.stop.subscribe());
         let (proxy, places) = (Arc::clone(&self.proxy), Arc::clone(&self.places));
-        let stop = self.stop.subscribe();
         self.loops.push(tokio::spawn(async move {
-            accept_all(&listener, &proxy, &places, &stop).await;
+            accept_all(&listener, &room, stop.clone(), |stream, peer, _room| {
+                let (proxy, places) = (Arc::clone(&proxy), Arc::clone(&places));
+                tokio::spawn(serve(proxy, places, stream, peer, _room, stop.clone()));
+            })
+            .await;
         }));
         Ok(())
     }
 
-    /// Takes what has been waiting, stops accepting, lets requests in flight finish, and waits for
-    /// them, within the limit for draining. Returns how many connections were cut off.
-    pub async fn drain(self) -> usize {
-        self.stop.send_replace(true);
+    /// Stops accepting, lets requests in flight finish, and waits for them, within the limit for
+    /// draining. Returns how many connections were cut off.
+    pub async fn drain(self, backlog: Backlog) -> usize {
+        self.stop.send_replace(Some(backlog));
         let all = self.proxy.limits.connections;
         let everyone_left = async {
             for accepting in self.loops {
@@ -74,36 +95,41 @@ impl Acceptor {
                 }
             }
             let all = u32::try_from(all).unwrap_or(u32::MAX);
-            self.places.acquire_many(all).await.map(|_| ())
+            self.room.acquire_many(all).await.map(|_| ())
         };
         match tokio::time::timeout(self.proxy.limits.drain, everyone_left).await {
             Ok(_) => 0,
-            Err(_elapsed) => all - self.places.available_permits(),
+            Err(_elapsed) => all - self.room.available_permits(),
         }
     }
 }
 
 async fn accept_all(
     listener: &TcpListener,
-    proxy: &Arc<Proxy>,
-    places: &Arc<Semaphore>,
-    stop: &watch::Receiver<bool>,
+    room: &Arc<Semaphore>,
+    mut stop: watch::Receiver<Option<Backlog>>,
+    mut serve: impl FnMut(TcpStream, SocketAddr, OwnedSemaphorePermit),
 ) {
-    let mut stopping = stop.clone();
     loop {
-        let accepted = tokio::select! {
-            // What waits comes first, also when it is time to stop.
-            biased;
-            accepted = listener.accept() => accepted,
-            () = told_to(&mut stopping) => return,
+        let stopping = *stop.borrow();
+        let accepted = match stopping {
+            None => tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = told_to(&mut stop) => continue,
+            },
+            Some(Backlog::Leave) => return,
+            Some(Backlog::Serve) => match listener.accept().now_or_never() {
+                Some(accepted) => accepted,
+                None => return,
+            },
         };
         match accepted {
             Ok((stream, peer)) => {
-                // Without a place it waits here, and others in the backlog instead of in memory.
-                let Ok(place) = Arc::clone(places).acquire_owned().await else {
+                // Without room it waits here, and others in the backlog instead of in memory.
+                let Ok(room) = Arc::clone(room).acquire_owned().await else {
                     return;
                 };
-                tokio::spawn(serve(Arc::clone(proxy), stream, peer, place, stop.clone()));
+                serve(stream, peer, room);
             }
             Err(error) => {
                 log::warn!("a connection cannot be accepted: {error}");
@@ -115,28 +141,45 @@ async fn accept_all(
 
 async fn serve(
     proxy: Arc<Proxy>,
+    places: Arc<Places>,
     stream: TcpStream,
     peer: SocketAddr,
-    _place: OwnedSemaphorePermit,
-    mut stop: watch::Receiver<bool>,
+    _room: OwnedSemaphorePermit,
+    mut stop: watch::Receiver<Option<Backlog>>,
 ) {
     let accepted = Instant::now();
-    let Some((origin, family)) = origin(&proxy, &stream, peer) else {
-        proxy
-            .recorder
-            .record(Kind::ConnectionRefused(RefusedConnection {
-                reason: ConnectionRefusal::NotRedirected,
-                peer: peer.to_string(),
-            }));
-        return;
+    let refuse = |reason, origin: Option<&Origin>| {
+        let refused = RefusedConnection {
+            reason,
+            peer: peer.to_string(),
+            pid: origin.map(|origin| origin.pid),
+            uid: origin.map(|origin| origin.uid),
+            comm: origin.map(|origin| lossy(&origin.comm)),
+        };
+        proxy.recorder.record(Kind::ConnectionRefused(refused));
     };
-    let ttl = syn::ttl(&stream);
+    let Some(syn) = syn::take(&stream) else {
+        return refuse(ConnectionRefusal::NoSyn, None);
+    };
+    let Some((origin, family)) = origin(&proxy, &syn.key) else {
+        return refuse(ConnectionRefusal::NotRedirected, None);
+    };
+    let Some(_place) = places.take(&origin) else {
+        return refuse(ConnectionRefusal::TooMany, Some(&origin));
+    };
     let caller = proxy.resolver.resolve(&origin).await;
-    let hops = hops(caller.netns == Netns::Host, ttl);
+    let hops = hops(caller.netns == Netns::Host, Some(syn.ttl));
     let connection = Connection::new(caller, family, hops, accepted.elapsed());
 
-    let answer =
-        service_fn(async |request| Ok::<_, Infallible>(proxy.answer(&connection, request).await));
+    let leaving = stop.clone();
+    let answer = service_fn(async |request| {
+        let mut answer = proxy.answer(&connection, request).await;
+        if leaving.borrow().is_some() {
+            let close = HeaderValue::from_static("close");
+            answer.headers_mut().insert(CONNECTION, close);
+        }
+        Ok::<_, Infallible>(answer)
+    });
     let http = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(proxy.limits.head_timeout)
@@ -149,8 +192,12 @@ async fn serve(
     tokio::pin!(http);
     let served = tokio::select! {
         served = http.as_mut() => served,
-        () = told_to(&mut stop) => {
-            http.as_mut().graceful_shutdown();
+        backlog = told_to(&mut stop) => {
+            // Whoever is to notice nothing gets the answer to a request that may be on its way, and
+            // is told then to connect anew.
+            if backlog == Backlog::Serve {
+                http.as_mut().graceful_shutdown();
+            }
             http.await
         }
     };
@@ -160,15 +207,17 @@ async fn serve(
 }
 
 /// Returns when it is time to stop.
-async fn told_to(stop: &mut watch::Receiver<bool>) {
+async fn told_to(stop: &mut watch::Receiver<Option<Backlog>>) -> Backlog {
+    let told = stop.wait_for(Option::is_some).await;
     // The sender is gone only when everything ends.
-    let _sender_gone = stop.wait_for(|stop| *stop).await.is_err();
+    told.ok()
+        .and_then(|backlog| *backlog)
+        .unwrap_or(Backlog::Serve)
 }
 
 /// Who made the connection, as the kernel published it.
-fn origin(proxy: &Proxy, stream: &TcpStream, peer: SocketAddr) -> Option<(Origin, Family)> {
-    let listener = stream.local_addr().ok()?;
-    match proxy.flows.take(&flow_key(peer, listener)) {
+fn origin(proxy: &Proxy, key: &SynKey) -> Option<(Origin, Family)> {
+    match proxy.flows.take(key) {
         Ok(origin) => origin.and_then(|origin| Some((origin, origin.family()?))),
         Err(error) => {
             log::error!("the callers cannot be read from the kernel: {error}");

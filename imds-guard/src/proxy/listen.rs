@@ -12,7 +12,7 @@ use super::syn;
 use crate::{config::Limits, failure::Failure};
 
 /// Connections that wait to be accepted.
-const BACKLOG: i32 = 1024;
+const BACKLOG: i32 = 4096;
 
 /// Listens on an address, with the options that its connections inherit.
 ///
@@ -38,11 +38,27 @@ fn bind(address: SocketAddr, limits: &Limits) -> io::Result<TcpListener> {
         socket.set_only_v6(true)?;
     }
     socket.set_reuse_address(true)?;
+    prepare(&socket, limits)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Sets the options that connections inherit.
+fn prepare(socket: &Socket, limits: &Limits) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_user_timeout(Some(limits.stalled_timeout))?;
-    syn::save(&socket)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
+    syn::save(socket)?;
+    socket.set_nonblocking(true)
+}
+
+/// Makes a listener that somebody else has opened one of ours.
+///
+/// # Errors
+/// It is none.
+pub fn adopt(listener: TcpListener, limits: &Limits) -> io::Result<TcpListener> {
+    let socket = Socket::from(listener);
+    prepare(&socket, limits)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }

@@ -8,10 +8,11 @@ mod accept;
 mod answer;
 mod listen;
 mod pipeline;
+mod places;
 mod syn;
 mod upstream;
 
-pub use accept::Acceptor;
-pub use listen::listen;
+pub use accept::{Acceptor, Backlog};
+pub use listen::{adopt, listen};
 pub use pipeline::Proxy;
 pub use upstream::Upstream;

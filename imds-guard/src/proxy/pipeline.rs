@@ -41,7 +41,7 @@ pub struct Proxy {
     /// Who opened which connection.
     pub flows: Box<dyn FlowTable>,
     /// Names them.
-    pub resolver: Resolver,
+    pub resolver: Arc<Resolver>,
     /// Judges what they ask.
     pub policy: Policy,
     /// Where it is forwarded to.

@@ -2,14 +2,14 @@
 //!
 //! Fields are only ever added; a change of meaning raises [`SCHEMA_VERSION`].
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use imds_guard_common::flow::Family;
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::policy::{Caller, Imds, Malformed, Mode, Reason, Verdict};
+use crate::policy::{Caller, Imds, Malformed, Mode, Reason, Verdict, caller::Sender};
 
 /// Version of the schema, in every event.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -36,6 +36,8 @@ pub enum Kind {
     Request(Box<Request>),
     /// A connection was closed before any request was read.
     ConnectionRefused(RefusedConnection),
+    /// A packet for a metadata endpoint went around the redirect.
+    Packet(Packet),
     /// Events were lost because they came faster than they could be written.
     EventsLost {
         /// How many, since the last event before this one.
@@ -144,6 +146,15 @@ pub struct RefusedConnection {
     pub reason: ConnectionRefusal,
     /// Where it came from: address and port.
     pub peer: String,
+    /// Who made it, if that is known: process id, user and name, as in a caller.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub pid: Option<u32>,
+    /// See `pid`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub uid: Option<u32>,
+    /// See `pid`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub comm: Option<String>,
 }
 
 /// Why a connection was closed before any request was read.
@@ -152,6 +163,51 @@ pub struct RefusedConnection {
 pub enum ConnectionRefusal {
     /// It came to the listener itself, not to a metadata address; from this host, or from another one.
     NotRedirected,
+    /// The kernel has not kept its first packet, which tells who made it: more connections were half
+    /// open than it could remember.
+    NoSyn,
+    /// Its caller, or its network namespace, has too many already.
+    TooMany,
+}
+
+/// A packet for a metadata endpoint that is not the guard's own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Packet {
+    /// `deny`: dropped; `audit`: let pass, though enforce mode would have dropped it.
+    pub verdict: Verdict,
+    /// Which layer saw it.
+    pub layer: Layer,
+    /// The protocol: `tcp`, `udp` and so on, or its number.
+    pub protocol: String,
+    /// Which metadata address it was for: `ipv4` or `ipv6`.
+    pub endpoint: Endpoint,
+    /// Its source address.
+    pub source: IpAddr,
+    /// Its source port, if it shows.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub source_port: Option<u16>,
+    /// Its time to live (IPv6: hop limit).
+    pub ttl: u8,
+    /// The interface through which it was to leave.
+    pub interface: String,
+    /// The interface through which it had come; missing if this host made it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub came_from: Option<String>,
+    /// Who sent it, if a socket of this host did.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub sender: Option<Sender>,
+    /// Packets that this layer saw since the last one before, and that are not reported one by one.
+    pub unreported: u64,
+}
+
+/// Which layer stopped a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Layer {
+    /// In the cgroup of the socket that sent it.
+    Backstop,
+    /// On an uplink of the host.
+    Perimeter,
 }
 
 /// How the guard was started.
@@ -165,11 +221,27 @@ pub struct Started {
     pub cgroup: String,
     /// The listener's addresses.
     pub listeners: Vec<String>,
+    /// What happens while the guard is not there: `closed` or `open`.
+    pub on_failure: String,
+    /// Whether the backstop judges packets.
+    pub backstop: bool,
+    /// The uplinks that the perimeter guards.
+    pub uplinks: Vec<String>,
 }
 
-/// What the kernel programs did while the guard was running.
+/// What happened while the guard was running.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Stopped {
+    /// What the kernel programs did.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// Events lost over the whole run.
+    pub events_lost: u64,
+}
+
+/// What the kernel programs did since they were first attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Counts {
     /// Connections turned to the guard.
     pub redirected: u64,
     /// The guard's own connections to the metadata service.
@@ -181,8 +253,14 @@ pub struct Stopped {
     pub bypassed: u64,
     /// Connections whose caller could not be handed to the guard, and that it refused.
     pub publish_failed: u64,
-    /// Events lost over the whole run.
-    pub events_lost: u64,
+    /// Connections refused while no guard was there (`--on-failure closed`).
+    pub unattended_refused: u64,
+    /// Connections that went past while no guard was there (`--on-failure open`).
+    pub unattended_bypassed: u64,
+    /// Packets that backstop and perimeter dropped.
+    pub packets_dropped: u64,
+    /// Packets that backstop and perimeter would have dropped in enforce mode.
+    pub packets_passed: u64,
 }
 
 impl Event {

@@ -4,7 +4,7 @@ mod event;
 mod sink;
 
 pub use event::{
-    ConnectionRefusal, Endpoint, Event, Kind, Latency, RefusedConnection, Request, SCHEMA_VERSION,
-    Started, Stopped, UpstreamFailure, UpstreamFailureKind,
+    ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer, Packet, RefusedConnection,
+    Request, SCHEMA_VERSION, Started, Stopped, UpstreamFailure, UpstreamFailureKind,
 };
 pub use sink::{Recorder, Writer};

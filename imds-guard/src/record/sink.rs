@@ -238,6 +238,9 @@ mod tests {
                 mode: Mode::Audit,
                 cgroup: "x".repeat(1 << 20),
                 listeners: Vec::new(),
+                on_failure: String::new(),
+                backstop: true,
+                uplinks: Vec::new(),
             })
         };
         recorder.record(megabyte());

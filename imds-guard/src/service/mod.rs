@@ -1,31 +1,49 @@
-//! The composition root: takes what it needs from the system, gives up what it no longer needs,
-//! serves until it is told to stop, and leaves nothing behind.
+//! The composition root: takes what it needs from the system, gives up what it no longer needs, serves
+//! until it is told to stop, and hands over or leaves nothing behind.
 
-mod addresses;
+mod handover;
 mod privileges;
+mod watch;
 
 use std::{
     fs::OpenOptions,
     io::{self, Write},
     net::TcpListener,
     path::Path,
+    sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context as _;
+use imds_guard_common::control;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    config::Settings,
+    config::{OnFailure, OnStop, Settings, Uplinks},
     failure::Failure,
     identify::{COMMAND_LINE_READERS, Resolver},
-    kernel::{Counters, Kernel, Maps, probe},
-    proxy::{Acceptor, Proxy, Upstream, listen},
+    kernel::{Charge, Control, Heartbeat, Kernel, Maps, Packets, Pins, probe},
+    net::Addresses,
+    policy::Mode,
+    proxy::{Acceptor, Backlog, Proxy, Upstream, adopt, listen},
     record::{Kind, Recorder, Started, Stopped},
 };
-use addresses::Addresses;
+use watch::UplinkWatch;
 
 /// Threads that serve connections.
 const WORKERS: usize = 2;
+
+/// How long connections may wait for the next daemon while systemd keeps the listeners.
+const SUCCESSION: Duration = Duration::from_secs(30);
+
+/// How often to look whether the daemon before has ended.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// Runs the guard until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -37,12 +55,47 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
     probe::pid_namespace()?;
     let cgroup = probe::cgroup(settings.cgroup.as_deref())?;
     log::debug!("kernel {release}, cgroup {}", cgroup.display());
+    let pins = Pins::open(&settings.pins)?;
+    let post = Post::take(&pins, settings.replace)?;
+    let served = serve_from(settings, &cgroup, &pins, &post);
+    if served.is_err() && pins.links().is_empty() {
+        // Maps without programs are of no use to anybody.
+        if let Err(error) = pins.remove_all() {
+            log::warn!("pins stay behind: {error}");
+        }
+    }
+    served
+}
 
+/// Whether this daemon is in charge, or takes over from one that is.
+enum Post {
+    InCharge(#[expect(dead_code, reason = "held, not read")] Charge),
+    TakesOver { from: u32 },
+}
+
+impl Post {
+    fn take(pins: &Pins, replace: bool) -> Result<Self, Failure> {
+        if let Some(charge) = pins.take_charge()? {
+            return Ok(Self::InCharge(charge));
+        }
+        let pid = Control::open(pins).map_or(0, |control| control.get().owner);
+        match pid {
+            from @ 1.. if replace => Ok(Self::TakesOver { from }),
+            pid => Err(Failure::Running { pid }),
+        }
+    }
+}
+
+fn serve_from(settings: &Settings, cgroup: &Path, pins: &Pins, post: &Post) -> Result<(), Failure> {
     let events = event_output(settings.events.as_deref())?;
-    let (_addresses, ipv6) = Addresses::claim(settings)?;
-    let listeners = bind(settings, ipv6)?;
-    let mut kernel = Kernel::load(settings, ipv6)?;
+    let (mut addresses, ipv6) = Addresses::claim(settings)?;
+    let listeners = listeners(settings, ipv6, post)?;
+    let mut kernel = Kernel::load(settings, ipv6, pins)?;
     let maps = kernel.take_maps()?;
+    addresses.take_on(settings.listeners, maps.control.get().addresses);
+    if matches!(post, Post::InCharge(_)) {
+        maps.exempt.forget_all();
+    }
     let netns_cookie = netns_cookie(&listeners);
     privileges::raise_file_limit(settings.limits.connections);
     privileges::reduce().context("privileges cannot be given up")?;
@@ -60,100 +113,252 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
         .context("the threads cannot be started")?;
     let (recorder, writer) =
         Recorder::start(&host, events).context("the event writer cannot be started")?;
-    let served = runtime.block_on(async {
-        let Maps {
-            flows,
-            exempt,
-            counters,
-        } = maps;
-        let acceptor = Acceptor::new(Proxy {
-            flows: Box::new(flows),
-            resolver: Resolver::new("/proc", "/etc/passwd", netns_cookie, settings.command_lines),
-            policy: settings.policy,
-            upstream: Upstream::new(settings.upstreams, exempt, settings.limits),
-            recorder: recorder.clone(),
-            limits: settings.limits,
-        });
-        let stopped = serve(
-            settings, kernel, &cgroup, listeners, acceptor, &recorder, &counters,
-        )
-        .await?;
-        recorder.record(Kind::Stopped(stopped));
-        Ok(())
-    });
+    let hierarchy = probe::cgroup2_mount()?;
+    let resolver = Arc::new(Resolver::new(
+        "/proc",
+        "/etc/passwd",
+        hierarchy,
+        netns_cookie,
+        settings.command_lines,
+    ));
+    let guard = Guard {
+        settings,
+        cgroup,
+        pins,
+        kernel,
+        resolver,
+        recorder: recorder.clone(),
+    };
+    let ended = runtime.block_on(guard.serve(maps, listeners, post, addresses.bits()));
     // Ends every task, and with them the last recorders. A thread that reads the command line of a
     // process that does not let it is left behind.
     runtime.shutdown_timeout(settings.limits.drain);
     drop(recorder);
     writer.finish();
-    served
+    if !matches!(ended, Ok(Ended::Detached) | Err(_)) {
+        addresses.leave();
+    }
+    ended.map(|_| ())
 }
 
-async fn serve(
-    settings: &Settings,
-    mut kernel: Kernel,
-    cgroup: &Path,
-    listeners: Vec<TcpListener>,
-    mut acceptor: Acceptor,
-    recorder: &Recorder,
-    counters: &Counters,
-) -> Result<Stopped, Failure> {
-    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
-    let mut addresses = Vec::new();
-    for listener in listeners {
-        addresses.push(
-            listener
-                .local_addr()
-                .context("a listener has no address")?
-                .to_string(),
-        );
-        acceptor
-            .serve(listener)
-            .context("a listener cannot be watched")?;
-    }
-    kernel.forward_log()?;
-    // Last: whoever is redirected is served.
-    kernel.attach(cgroup)?;
-    log::info!(
-        "watching {} in {} mode",
-        cgroup.display(),
-        settings.policy.mode
-    );
-    recorder.record(Kind::Started(Started {
-        version: env!("CARGO_PKG_VERSION").into(),
-        mode: settings.policy.mode,
-        cgroup: cgroup.display().to_string(),
-        listeners: addresses,
-    }));
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    log::info!(
-        "stopping: requests in flight may take up to {:?}",
-        settings.limits.drain
-    );
-    // First: nobody is redirected to a listener that is about to close. Whoever was redirected
-    // before still needs the other programs.
-    kernel.stop_redirecting();
-    let cut_off = acceptor.drain().await;
-    drop(kernel);
-    if cut_off > 0 {
-        log::warn!("{cut_off} connections were cut off");
-    }
-    Ok(Stopped {
-        events_lost: recorder.lost(),
-        ..counters.read()
-    })
+/// What became of the kernel programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// They are gone.
+    Detached,
+    /// They stay, and nobody is there.
+    Kept,
+    /// Another daemon has them.
+    HandedOver,
 }
 
-fn bind(settings: &Settings, ipv6: bool) -> Result<Vec<TcpListener>, Failure> {
+/// Everything that lasts from the start to the end.
+struct Guard<'a> {
+    settings: &'a Settings,
+    cgroup: &'a Path,
+    pins: &'a Pins,
+    kernel: Kernel,
+    resolver: Arc<Resolver>,
+    recorder: Recorder,
+}
+
+impl Guard<'_> {
+    async fn serve(
+        mut self,
+        maps: Maps,
+        listeners: Vec<TcpListener>,
+        post: &Post,
+        addresses: u32,
+    ) -> Result<Ended, Failure> {
+        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
+        let settings = self.settings;
+        let Maps {
+            flows,
+            exempt,
+            counters,
+            mut control,
+            alive_until,
+            packets,
+        } = maps;
+        let mut acceptor = Acceptor::new(Proxy {
+            flows: Box::new(flows),
+            resolver: Arc::clone(&self.resolver),
+            policy: settings.policy,
+            upstream: Upstream::new(settings.upstreams, exempt, settings.limits),
+            recorder: self.recorder.clone(),
+            limits: settings.limits,
+        });
+        let names = listeners
+            .iter()
+            .filter_map(|listener| Some(listener.local_addr().ok()?.to_string()))
+            .collect();
+        let stored = handover::store(&listeners);
+        for listener in listeners {
+            acceptor
+                .serve(listener)
+                .context("a listener cannot be watched")?;
+        }
+        self.kernel.forward_log()?;
+        let mut packets = Packets::watch(packets).context("the packets cannot be watched")?;
+        let mut uplinks = UplinkWatch::start(&settings.uplinks)?;
+
+        let heartbeat = Heartbeat::start(alive_until)?;
+        control.set(self.control(addresses))?;
+        // Last: whoever is redirected is served.
+        self.kernel.attach(self.cgroup, self.pins)?;
+        let guarded = uplinks.follow(&mut self.kernel, self.pins).await;
+        self.announce(names, guarded);
+        handover::tell_systemd(NotifyState::Ready);
+
+        let mut takes_over = false;
+        if let Post::TakesOver { from } = post {
+            takes_over = true;
+            log::info!("taking over from pid {from}");
+            let pid = i32::try_from(*from).context("a pid beyond all bounds")?;
+            if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGTERM) {
+                log::warn!("pid {pid} cannot be told to stop: {error}");
+            }
+        }
+        let mut _charge = None;
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                () = uplinks.changed() => {
+                    uplinks.follow(&mut self.kernel, self.pins).await;
+                }
+                seen = packets.next(|packet| {
+                    let packet = watch::describe(packet, &self.resolver);
+                    self.recorder.record(Kind::Packet(packet));
+                }) => seen.context("the packets are not watched any more")?,
+                free = free(self.pins), if takes_over => {
+                    _charge = Some(free?);
+                    takes_over = false;
+                }
+            }
+        }
+        handover::tell_systemd(NotifyState::Stopping);
+        let ended = self
+            .stop(acceptor, heartbeat, &control, &uplinks, stored)
+            .await?;
+        self.recorder.record(Kind::Stopped(Stopped {
+            counts: counters.read(),
+            events_lost: self.recorder.lost(),
+        }));
+        Ok(ended)
+    }
+
+    /// What the kernel programs are told.
+    fn control(&self, addresses: u32) -> control::Control {
+        let mode = match self.settings.policy.mode {
+            Mode::Audit => control::Mode::Audit,
+            Mode::Enforce => control::Mode::Enforce,
+        };
+        control::Control {
+            mode: mode as u32,
+            on_failure: control::OnFailure::from(self.settings.on_failure) as u32,
+            backstop: self.settings.backstop.into(),
+            owner: std::process::id(),
+            addresses,
+            padding: 0,
+        }
+    }
+
+    fn announce(&self, listeners: Vec<String>, uplinks: Vec<String>) {
+        let settings = self.settings;
+        let mode = settings.policy.mode;
+        log::info!("watching {} in {mode} mode", self.cgroup.display());
+        if uplinks.is_empty() && settings.uplinks != Uplinks::None {
+            log::warn!(
+                "no uplink is guarded: packets of virtual machines and packet sockets pass; name the \
+                 interface that leads out with --uplink"
+            );
+        }
+        self.recorder.record(Kind::Started(Started {
+            version: env!("CARGO_PKG_VERSION").into(),
+            mode,
+            cgroup: self.cgroup.display().to_string(),
+            listeners,
+            on_failure: match settings.on_failure {
+                OnFailure::Closed => "closed".into(),
+                OnFailure::Open => "open".into(),
+            },
+            backstop: settings.backstop,
+            uplinks,
+        }));
+    }
+
+    async fn stop(
+        &self,
+        acceptor: Acceptor,
+        heartbeat: Heartbeat,
+        control: &Control,
+        uplinks: &UplinkWatch,
+        stored: bool,
+    ) -> Result<Ended, Failure> {
+        let drain = self.settings.limits.drain;
+        log::info!("stopping: requests in flight may take up to {drain:?}");
+        let (ended, backlog) = if !control.is_mine() {
+            drop(heartbeat);
+            (Ended::HandedOver, Backlog::Leave)
+        } else if self.settings.on_stop == OnStop::Detach {
+            // First: nobody is redirected to a listener that is about to close. Whoever was redirected
+            // before still needs the other programs.
+            for name in ["connect4", "connect6"] {
+                self.pins.remove(name).context("a program stays attached")?;
+            }
+            (Ended::Detached, Backlog::Serve)
+        } else if stored {
+            heartbeat.stop(SUCCESSION);
+            (Ended::Kept, Backlog::Leave)
+        } else {
+            log::info!(
+                "the kernel programs stay and follow --on-failure {:?}; `imds-guard detach` removes them",
+                self.settings.on_failure
+            );
+            heartbeat.stop(Duration::ZERO);
+            (Ended::Kept, Backlog::Serve)
+        };
+        let cut_off = acceptor.drain(backlog).await;
+        if cut_off > 0 {
+            log::warn!("{cut_off} connections were cut off");
+        }
+        if ended == Ended::Detached {
+            self.pins.remove_all().context("pins stay behind")?;
+            uplinks.remove_filters().await;
+        }
+        Ok(ended)
+    }
+}
+
+/// Waits until the daemon before has ended.
+async fn free(pins: &Pins) -> Result<Charge, Failure> {
+    loop {
+        if let Some(charge) = pins.take_charge()? {
+            return Ok(charge);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// The listeners: those that were handed over, and new ones for the rest.
+fn listeners(settings: &Settings, ipv6: bool, post: &Post) -> Result<Vec<TcpListener>, Failure> {
     let [v4, v6] = settings.listeners.both();
-    let mut listeners = vec![listen(v4, &settings.limits)?];
-    if ipv6 {
-        listeners.push(listen(v6, &settings.limits)?);
+    let wanted = if ipv6 { vec![v4, v6] } else { vec![v4] };
+    let mut handed_over = handover::from_systemd()?;
+    if let Post::TakesOver { from } = post {
+        handed_over.extend(handover::from_process(*from, &wanted)?);
     }
+    let mut listeners = Vec::new();
+    for address in wanted {
+        listeners.push(match handover::take(&mut handed_over, address) {
+            Some(listener) => adopt(listener, &settings.limits)
+                .with_context(|| format!("the listener on {address} cannot be taken over"))?,
+            None => listen(address, &settings.limits)?,
+        });
+    }
+    handover::none_left(&handed_over)?;
     Ok(listeners)
 }
 

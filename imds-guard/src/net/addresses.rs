@@ -12,7 +12,11 @@ use rtnetlink::{
     },
 };
 
-use crate::{config::Settings, failure::Failure};
+use super::with_netlink;
+use crate::{
+    config::{Pair, Settings},
+    failure::Failure,
+};
 
 /// Addresses that were added. Dropping it removes them; not within a tokio runtime.
 pub struct Addresses {
@@ -28,26 +32,57 @@ impl Addresses {
     /// # Errors
     /// [`Failure::AddressInUse`] if another interface has an address; no such interface.
     pub fn claim(settings: &Settings) -> Result<(Self, bool), Failure> {
-        with_netlink(async |netlink| {
-            let mut addresses = Self {
-                added: Vec::new(),
-                link: settings.link.clone(),
-            };
+        let mut addresses = Self {
+            added: Vec::new(),
+            link: settings.link.clone(),
+        };
+        let ipv6 = with_netlink(async |netlink| {
             let [v4, v6] = settings.listeners.both();
             addresses.add(&netlink, v4).await?;
-            let ipv6 = match addresses.add(&netlink, v6).await {
-                Ok(()) => true,
+            match addresses.add(&netlink, v6).await {
+                Ok(()) => Ok(true),
                 Err(Failure::Other(error)) => {
                     log::warn!("IPv6 is not served: {error:#}");
-                    false
+                    Ok(false)
                 }
-                Err(failure) => {
-                    addresses.remove(&netlink).await;
-                    return Err(failure);
-                }
-            };
-            Ok((addresses, ipv6))
+                Err(failure) => Err(failure),
+            }
+        })?;
+        Ok((addresses, ipv6))
+    }
+
+    /// Takes on addresses that an earlier daemon has added and left: bit 0 for IPv4, bit 1 for IPv6.
+    pub fn take_on(&mut self, listeners: Pair, bits: u32) {
+        for (bit, address) in listeners.both().iter().enumerate() {
+            if bits & (1 << bit) != 0 && !self.added.contains(&address.ip()) {
+                self.added.push(address.ip());
+            }
+        }
+    }
+
+    /// Which addresses were added, as for [`Addresses::take_on`].
+    #[must_use]
+    pub fn bits(&self) -> u32 {
+        self.added.iter().fold(0, |bits, address| {
+            bits | if address.is_ipv4() { 1 } else { 2 }
         })
+    }
+
+    /// Leaves the addresses where they are.
+    pub fn leave(mut self) {
+        self.added.clear();
+    }
+
+    /// Those that an earlier daemon has added and left, to be removed. Returns them for a report, too.
+    #[must_use]
+    pub fn left_behind(link: &str, listeners: Pair, bits: u32) -> (Self, Vec<IpAddr>) {
+        let mut addresses = Self {
+            added: Vec::new(),
+            link: link.to_owned(),
+        };
+        addresses.take_on(listeners, bits);
+        let added = addresses.added.clone();
+        (addresses, added)
     }
 
     async fn add(&mut self, netlink: &Handle, address: SocketAddr) -> Result<(), Failure> {
@@ -99,7 +134,7 @@ impl Drop for Addresses {
         }
         let removed = with_netlink(async |netlink| {
             self.remove(&netlink).await;
-            Ok(())
+            Ok::<_, Failure>(())
         });
         if let Err(failure) = removed {
             log::warn!("the listener's addresses stay on {}: {failure}", self.link);
@@ -167,18 +202,4 @@ async fn remove(netlink: &Handle, address: IpAddr) -> anyhow::Result<()> {
     let found = found.ok_or_else(|| anyhow!("it is gone already"))?;
     netlink.address().del(found).execute().await?;
     Ok(())
-}
-
-/// Runs a conversation with the kernel on this thread, so that it keeps its network namespace and
-/// leaves no thread behind.
-fn with_netlink<T>(talk: impl AsyncFnOnce(Handle) -> Result<T, Failure>) -> Result<T, Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()
-        .context("a runtime for netlink")?;
-    runtime.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection().context("netlink")?;
-        tokio::spawn(connection);
-        talk(handle).await
-    })
 }

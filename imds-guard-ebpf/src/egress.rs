@@ -1,0 +1,120 @@
+//! Every packet of the watched cgroup on its way out: publish callers, and be the redirect's backstop.
+//!
+//! The SYN of a redirected connection is where its caller is published: only here the kernel has
+//! chosen all that identifies it. What is for a metadata endpoint has gone around the redirect:
+//! connections older than the guard, raw sockets, addresses translated on the way.
+
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_ANY},
+    helpers::generated::bpf_get_socket_cookie,
+    programs::SkBuffContext,
+};
+use aya_log_ebpf::warn;
+use imds_guard_common::{event::Counter, flow::SynKey, packet::Layer};
+
+use crate::{
+    maps,
+    packet::{self, ACK, ETH_P_IP, ETH_P_IPV6, IPPROTO_TCP, SYN, load},
+};
+
+const PASS: i32 = 1;
+const DROP: i32 = 0;
+
+/// Where a packet goes, as far as it concerns us.
+enum Destination {
+    Metadata(packet::Headers),
+    /// With the offset of the transport header.
+    Listener(u32),
+    Elsewhere,
+}
+
+/// Judges a packet by its destination. Others' packets leave after one load and two compares.
+#[inline(always)]
+pub fn egress(ctx: &SkBuffContext) -> i32 {
+    let skb = ctx.skb.skb;
+    match destination(skb) {
+        Destination::Elsewhere => PASS,
+        Destination::Listener(transport) => {
+            publish(ctx, skb, transport);
+            PASS
+        }
+        Destination::Metadata(headers) => {
+            if packet::judge(skb, Layer::Backstop, &headers) {
+                PASS
+            } else {
+                DROP
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn destination(skb: *mut __sk_buff) -> Destination {
+    // SAFETY: the context is valid while the program runs. The kernel sets the protocol from the
+    // header that it made itself, or checked (raw sockets).
+    let protocol = u16::from_be(unsafe { (*skb).protocol } as u16);
+    if protocol == ETH_P_IP {
+        let Some(header) = load::<20>(skb, 0) else {
+            return Destination::Elsewhere;
+        };
+        let to = u32::from_ne_bytes([header[16], header[17], header[18], header[19]]);
+        if to == maps::IMDS_V4.load() {
+            Destination::Metadata(packet::headers4(&header, 0))
+        } else if to == maps::LISTENER_V4.load() && header[9] == IPPROTO_TCP {
+            Destination::Listener(u32::from(header[0] & 0x0f) * 4)
+        } else {
+            Destination::Elsewhere
+        }
+    } else if protocol == ETH_P_IPV6 {
+        let Some(header) = load::<40>(skb, 0) else {
+            return Destination::Elsewhere;
+        };
+        let (_, to) = packet::addresses6(&header);
+        if to == maps::IMDS_V6.load() {
+            Destination::Metadata(packet::headers6(skb, &header, 0))
+        } else if to == maps::LISTENER_V6.load() && header[6] == IPPROTO_TCP {
+            Destination::Listener(40)
+        } else {
+            Destination::Elsewhere
+        }
+    } else {
+        Destination::Elsewhere
+    }
+}
+
+/// Publishes the caller of a redirected connection under its SYN.
+#[inline(always)]
+fn publish(ctx: &SkBuffContext, skb: *mut __sk_buff, transport: u32) {
+    let Some(start) = load::<20>(skb, transport) else {
+        return;
+    };
+    let port = u16::from_ne_bytes([start[2], start[3]]);
+    if u32::from(port) != maps::LISTENER_PORT.load() || start[13] & (SYN | ACK) != SYN {
+        return;
+    }
+    // Without options it is shorter, and says so itself.
+    let tcp = load::<{ SynKey::HEADER }>(skb, transport).unwrap_or_else(|| {
+        let mut tcp = [0; SynKey::HEADER];
+        tcp[..20].copy_from_slice(&start);
+        tcp
+    });
+    let key = SynKey::of(&tcp);
+    // SAFETY: the context is valid while the program runs.
+    let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
+    // SAFETY: the entry is this socket's own, and not written while its SYN is sent.
+    match unsafe { maps::PENDING.get(cookie) } {
+        Some(origin) => {
+            if maps::FLOWS.insert(key, origin, BPF_ANY.into()).is_err() {
+                maps::count(Counter::PublishFailed);
+                warn!(
+                    ctx,
+                    "pid {} not published: the listener will refuse it", origin.pid
+                );
+            }
+        }
+        // Somebody connects to the listener without being redirected: it must not find an entry.
+        None => {
+            let _absent = maps::FLOWS.remove(key);
+        }
+    }
+}
