@@ -10,6 +10,7 @@ mod demo;
 mod events;
 mod faults;
 mod lab;
+mod lifecycle;
 mod redirect;
 
 /// imds-guard's command line.

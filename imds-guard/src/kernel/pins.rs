@@ -1,19 +1,18 @@
 //! What outlives the daemon: links and maps under `/sys/fs/bpf/imds-guard/LAYOUT/`.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, DirBuilder, File, TryLockError},
     io,
-    os::unix::fs::DirBuilderExt as _,
+    os::{
+        fd::OwnedFd,
+        unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    },
     path::{Path, PathBuf},
 };
 
 use anyhow::Context as _;
 use aya::programs::links::FdLink;
-use nix::{
-    errno::Errno,
-    fcntl::{Flock, FlockArg},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
-};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::failure::Failure;
 
@@ -44,8 +43,9 @@ pub struct Pins {
     directory: PathBuf,
 }
 
-/// As long as this lives, no other daemon takes charge of the same pins.
-pub struct Charge(#[expect(dead_code, reason = "held, not read")] Flock<File>);
+/// As long as this lives, no other daemon takes charge of the same pins: a lock on their directory. A
+/// copy of its descriptor in another process is the same lock.
+pub struct Charge(#[expect(dead_code, reason = "held, not read")] File);
 
 impl Pins {
     /// The pins below a directory of a BPF file system.
@@ -85,13 +85,23 @@ impl Pins {
     pub fn take_charge(&self) -> Result<Option<Charge>, Failure> {
         let file = File::open(&self.directory)
             .with_context(|| format!("cannot open {}", self.directory.display()))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Some(Charge(lock))),
-            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
-            Err((_, error)) => {
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Charge(file))),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => {
                 Err(error).with_context(|| format!("cannot lock {}", self.directory.display()))?
             }
         }
+    }
+
+    /// Takes part in the charge of another daemon, with a copy of a descriptor of its; `None` if that is
+    /// not its lock.
+    #[must_use]
+    pub fn share_charge(&self, copy: OwnedFd) -> Option<Charge> {
+        let copy = File::from(copy);
+        let (theirs, ours) = (copy.metadata().ok()?, fs::metadata(&self.directory).ok()?);
+        let is_lock = (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino());
+        is_lock.then_some(Charge(copy))
     }
 
     /// Where a map is pinned.

@@ -64,19 +64,19 @@ impl Guard {
             child,
             events: read_events(output),
         };
-        match guard.event() {
-            Ok(Event {
-                kind: Kind::Started(_),
-                ..
-            }) => Ok(guard),
-            Ok(other) => Err(anyhow!("the guard began with {other:?}")),
-            Err(_) => {
-                let _ended_already = guard.child.kill();
-                let status = guard
-                    .child
-                    .wait()
-                    .context("the guard cannot be waited for")?;
-                Err(anyhow!("the guard did not start: {status}"))
+        // One that takes over from another serves requests before it has said that it watches.
+        loop {
+            match guard.event() {
+                Ok(event) if matches!(event.kind, Kind::Started(_)) => return Ok(guard),
+                Ok(_) => {}
+                Err(_) => {
+                    let _ended_already = guard.child.kill();
+                    let status = guard
+                        .child
+                        .wait()
+                        .context("the guard cannot be waited for")?;
+                    bail!("the guard did not start: {status}");
+                }
             }
         }
     }
@@ -124,19 +124,47 @@ impl Guard {
         self.events.try_iter()
     }
 
-    /// Asks it to end (SIGTERM) and waits for it. Returns its status and all events that were left,
-    /// the last of which says that it stopped.
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).context("a pid beyond all bounds")?;
+        kill(Pid::from_raw(pid), signal).context("the guard cannot be signalled")
+    }
+
+    /// Kills it (SIGKILL) and waits until it is gone.
     ///
     /// # Errors
     /// It cannot be waited for.
-    pub fn stop(mut self) -> Result<(ExitStatus, Vec<Event>)> {
-        let pid = i32::try_from(self.child.id()).context("a pid beyond all bounds")?;
-        kill(Pid::from_raw(pid), Signal::SIGTERM).context("the guard cannot be told to stop")?;
+    pub fn kill(mut self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        self.child
+            .wait()
+            .context("the guard cannot be waited for")?;
+        Ok(())
+    }
+
+    /// Waits until it ends by itself. Returns as [`Guard::stop`].
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn wait(mut self) -> Result<(ExitStatus, Vec<Event>)> {
         let status = self
             .child
             .wait()
             .context("the guard cannot be waited for")?;
         Ok((status, self.events.iter().map(|(_, event)| event).collect()))
+    }
+
+    /// Asks it to end (SIGTERM) and waits for it. Returns its status and all events that were left,
+    /// the last of which says that it stopped.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn stop(self) -> Result<(ExitStatus, Vec<Event>)> {
+        self.signal(Signal::SIGTERM)?;
+        self.wait()
     }
 }
 

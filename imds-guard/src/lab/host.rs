@@ -1,6 +1,6 @@
 //! The lab: an EC2 host, its metadata service and its containers.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -221,15 +221,26 @@ impl Lab {
         self.bpffs.path().join("imds-guard")
     }
 
-    /// A command that runs a guard on the lab's host, watching all of the lab: `run` with what every
-    /// guard in a lab needs.
+    /// A command that runs a guard on the lab's host, watching all of the lab.
     #[must_use]
     pub fn guard_command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = self.command(Place::Guard, program);
-        command.arg("run").arg("--cgroup").arg(self.cgroup.path());
-        command.arg("--pins").arg(self.pins());
-        command.args(["--uplink", "eth0"]);
+        command.args(self.guard_arguments());
         command
+    }
+
+    /// What every guard in a lab is started with.
+    #[must_use]
+    pub fn guard_arguments(&self) -> Vec<OsString> {
+        vec![
+            "run".into(),
+            "--cgroup".into(),
+            self.cgroup.path().into(),
+            "--pins".into(),
+            self.pins().into(),
+            "--uplink".into(),
+            "eth0".into(),
+        ]
     }
 
     /// The room behind a place.

@@ -4,14 +4,20 @@
 use std::{
     fs, io,
     net::{SocketAddr, TcpListener},
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        unix::fs::FileTypeExt as _,
+    },
 };
 
 use anyhow::Context as _;
 use sd_notify::NotifyState;
 use socket2::{SockRef, Socket};
 
-use crate::failure::Failure;
+use crate::{
+    failure::Failure,
+    kernel::{Charge, Pins},
+};
 
 /// Names our sockets in systemd's store of file descriptors.
 const STORE: &str = "listener";
@@ -27,30 +33,47 @@ pub fn from_systemd() -> anyhow::Result<Vec<TcpListener>> {
     Ok(passed.filter_map(listener).collect())
 }
 
-/// Listeners of a daemon that is still running, at one of these addresses.
+/// What a daemon that is still running hands over.
+pub struct Legacy {
+    /// Its process id.
+    pub from: u32,
+    /// Its listeners.
+    pub listeners: Vec<TcpListener>,
+    /// Its charge of the pins, which does not end with it any more.
+    pub charge: Charge,
+}
+
+/// Takes copies of what a running daemon holds.
 ///
 /// # Errors
-/// The process is gone, or does not give them.
-pub fn from_process(pid: u32, addresses: &[SocketAddr]) -> anyhow::Result<Vec<TcpListener>> {
+/// The process is gone, is no daemon of ours, or does not let us.
+pub fn from_process(pid: u32, pins: &Pins) -> anyhow::Result<Legacy> {
     let process = pidfd_open(pid).with_context(|| format!("process {pid} cannot be opened"))?;
     let theirs = fs::read_dir(format!("/proc/{pid}/fd"))
         .with_context(|| format!("the files of process {pid} cannot be listed"))?;
     let mut listeners = Vec::new();
+    let mut charge = None;
     for file in theirs.flatten() {
-        let is_socket = fs::read_link(file.path())
-            .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
-        let number = file.file_name().to_str().and_then(|name| name.parse().ok());
-        if let (true, Some(number)) = (is_socket, number) {
-            let copy = pidfd_getfd(process.as_fd(), number)
-                .with_context(|| format!("process {pid} does not hand over its listeners"))?;
-            listeners.extend(listener(copy).filter(|listener| {
-                listener
-                    .local_addr()
-                    .is_ok_and(|address| addresses.contains(&address))
-            }));
+        let Some(number) = file.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let copy = || {
+            pidfd_getfd(process.as_fd(), number)
+                .with_context(|| format!("process {pid} does not hand over its listeners"))
+        };
+        let kind = fs::metadata(file.path()).map(|meta| meta.file_type());
+        if kind.as_ref().is_ok_and(|kind| kind.is_socket()) {
+            listeners.extend(listener(copy()?));
+        } else if kind.is_ok_and(|kind| kind.is_dir()) {
+            charge = charge.or(pins.share_charge(copy()?));
         }
     }
-    Ok(listeners)
+    let charge = charge.with_context(|| format!("process {pid} is not in charge of the pins"))?;
+    Ok(Legacy {
+        from: pid,
+        listeners,
+        charge,
+    })
 }
 
 /// Has systemd keep the listeners for the next daemon. Returns whether it does.

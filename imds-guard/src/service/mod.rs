@@ -41,9 +41,6 @@ const WORKERS: usize = 2;
 /// How long connections may wait for the next daemon while systemd keeps the listeners.
 const SUCCESSION: Duration = Duration::from_secs(30);
 
-/// How often to look whether the daemon before has ended.
-const LOOK: Duration = Duration::from_millis(100);
-
 /// Runs the guard until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -57,7 +54,7 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
     log::debug!("kernel {release}, cgroup {}", cgroup.display());
     let pins = Pins::open(&settings.pins)?;
     let post = Post::take(&pins, settings.replace)?;
-    let served = serve_from(settings, &cgroup, &pins, &post);
+    let served = serve_from(settings, &cgroup, &pins, post);
     if served.is_err() && pins.links().is_empty() {
         // Maps without programs are of no use to anybody.
         if let Err(error) = pins.remove_all() {
@@ -67,33 +64,50 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
     served
 }
 
-/// Whether this daemon is in charge, or takes over from one that is.
-enum Post {
-    InCharge(#[expect(dead_code, reason = "held, not read")] Charge),
-    TakesOver { from: u32 },
+/// The charge of the pins, and what the daemon that had it hands over.
+struct Post {
+    _charge: Charge,
+    listeners: Vec<TcpListener>,
+    /// A daemon that still runs, and is to end.
+    takes_over_from: Option<u32>,
 }
 
 impl Post {
     fn take(pins: &Pins, replace: bool) -> Result<Self, Failure> {
+        let listeners = handover::from_systemd()?;
         if let Some(charge) = pins.take_charge()? {
-            return Ok(Self::InCharge(charge));
+            return Ok(Self {
+                _charge: charge,
+                listeners,
+                takes_over_from: None,
+            });
         }
         let pid = Control::open(pins).map_or(0, |control| control.get().owner);
-        match pid {
-            from @ 1.. if replace => Ok(Self::TakesOver { from }),
-            pid => Err(Failure::Running { pid }),
+        if !replace {
+            return Err(Failure::Running { pid });
         }
+        let legacy = handover::from_process(pid, pins)?;
+        Ok(Self {
+            _charge: legacy.charge,
+            listeners: legacy.listeners,
+            takes_over_from: Some(legacy.from),
+        })
     }
 }
 
-fn serve_from(settings: &Settings, cgroup: &Path, pins: &Pins, post: &Post) -> Result<(), Failure> {
+fn serve_from(
+    settings: &Settings,
+    cgroup: &Path,
+    pins: &Pins,
+    mut post: Post,
+) -> Result<(), Failure> {
     let events = event_output(settings.events.as_deref())?;
     let (mut addresses, ipv6) = Addresses::claim(settings)?;
-    let listeners = listeners(settings, ipv6, post)?;
+    let listeners = listeners(settings, ipv6, &mut post.listeners)?;
     let mut kernel = Kernel::load(settings, ipv6, pins)?;
     let maps = kernel.take_maps()?;
     addresses.take_on(settings.listeners, maps.control.get().addresses);
-    if matches!(post, Post::InCharge(_)) {
+    if post.takes_over_from.is_none() {
         maps.exempt.forget_all();
     }
     let netns_cookie = netns_cookie(&listeners);
@@ -129,7 +143,8 @@ fn serve_from(settings: &Settings, cgroup: &Path, pins: &Pins, post: &Post) -> R
         resolver,
         recorder: recorder.clone(),
     };
-    let ended = runtime.block_on(guard.serve(maps, listeners, post, addresses.bits()));
+    let ended =
+        runtime.block_on(guard.serve(maps, listeners, post.takes_over_from, addresses.bits()));
     // Ends every task, and with them the last recorders. A thread that reads the command line of a
     // process that does not let it is left behind.
     runtime.shutdown_timeout(settings.limits.drain);
@@ -167,7 +182,7 @@ impl Guard<'_> {
         mut self,
         maps: Maps,
         listeners: Vec<TcpListener>,
-        post: &Post,
+        takes_over_from: Option<u32>,
         addresses: u32,
     ) -> Result<Ended, Failure> {
         let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
@@ -211,16 +226,13 @@ impl Guard<'_> {
         self.announce(names, guarded);
         handover::tell_systemd(NotifyState::Ready);
 
-        let mut takes_over = false;
-        if let Post::TakesOver { from } = post {
-            takes_over = true;
-            log::info!("taking over from pid {from}");
-            let pid = i32::try_from(*from).context("a pid beyond all bounds")?;
+        if let Some(pid) = takes_over_from {
+            log::info!("taking over from pid {pid}");
+            let pid = i32::try_from(pid).context("a pid beyond all bounds")?;
             if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGTERM) {
                 log::warn!("pid {pid} cannot be told to stop: {error}");
             }
         }
-        let mut _charge = None;
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
@@ -232,10 +244,6 @@ impl Guard<'_> {
                     let packet = watch::describe(packet, &self.resolver);
                     self.recorder.record(Kind::Packet(packet));
                 }) => seen.context("the packets are not watched any more")?,
-                free = free(self.pins), if takes_over => {
-                    _charge = Some(free?);
-                    takes_over = false;
-                }
             }
         }
         handover::tell_systemd(NotifyState::Stopping);
@@ -332,33 +340,22 @@ impl Guard<'_> {
     }
 }
 
-/// Waits until the daemon before has ended.
-async fn free(pins: &Pins) -> Result<Charge, Failure> {
-    loop {
-        if let Some(charge) = pins.take_charge()? {
-            return Ok(charge);
-        }
-        tokio::time::sleep(LOOK).await;
-    }
-}
-
 /// The listeners: those that were handed over, and new ones for the rest.
-fn listeners(settings: &Settings, ipv6: bool, post: &Post) -> Result<Vec<TcpListener>, Failure> {
+fn listeners(
+    settings: &Settings,
+    ipv6: bool,
+    handed_over: &mut Vec<TcpListener>,
+) -> Result<Vec<TcpListener>, Failure> {
     let [v4, v6] = settings.listeners.both();
-    let wanted = if ipv6 { vec![v4, v6] } else { vec![v4] };
-    let mut handed_over = handover::from_systemd()?;
-    if let Post::TakesOver { from } = post {
-        handed_over.extend(handover::from_process(*from, &wanted)?);
-    }
     let mut listeners = Vec::new();
-    for address in wanted {
-        listeners.push(match handover::take(&mut handed_over, address) {
+    for address in if ipv6 { vec![v4, v6] } else { vec![v4] } {
+        listeners.push(match handover::take(handed_over, address) {
             Some(listener) => adopt(listener, &settings.limits)
                 .with_context(|| format!("the listener on {address} cannot be taken over"))?,
             None => listen(address, &settings.limits)?,
         });
     }
-    handover::none_left(&handed_over)?;
+    handover::none_left(handed_over)?;
     Ok(listeners)
 }
 
