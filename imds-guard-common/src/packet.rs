@@ -12,8 +12,10 @@ pub enum Layer {
     Perimeter = 1,
 }
 
-/// How many layers there are.
-pub const LAYERS: u32 = 2;
+/// Index of the budget of connections to the listener that were not redirected; layers come before.
+pub const STRANGERS: u32 = 2;
+/// How many budgets there are.
+pub const BUDGETS: u32 = 3;
 
 /// An entry of the ring buffer `PACKETS`.
 #[repr(C)]
@@ -47,20 +49,20 @@ pub struct Packet {
     pub padding: [u8; 7],
 }
 
-/// How many packets a layer reports within how long; the rest is counted.
+/// How many packets a layer reports, or how many strangers the listener hears, within how long.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
     /// When the current second began, in nanoseconds (`CLOCK_MONOTONIC`).
     pub began: u64,
-    /// Packets that were reported in it.
-    pub reported: u64,
-    /// Packets that were not reported since.
-    pub unreported: u64,
+    /// What was spent in it.
+    pub spent: u64,
+    /// What found nothing left since.
+    pub denied: u64,
 }
 
-/// Packets that a layer reports in a second.
-pub const REPORTS_PER_SECOND: u64 = 20;
+/// What a budget allows in a second.
+pub const PER_SECOND: u64 = 20;
 
 const _: () = assert!(size_of::<Packet>() == 64);
 const _: () = assert!(size_of::<Budget>() == 24);

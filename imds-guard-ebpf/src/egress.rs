@@ -10,11 +10,11 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use aya_log_ebpf::warn;
-use imds_guard_common::{event::Counter, flow::SynKey, packet::Layer};
+use imds_guard_common::{event::Counter, packet::Layer};
 
 use crate::{
     maps,
-    packet::{self, ACK, ETH_P_IP, ETH_P_IPV6, IPPROTO_TCP, SYN, load},
+    packet::{self, ETH_P_IP, ETH_P_IPV6, IPPROTO_TCP, load},
 };
 
 const PASS: i32 = 1;
@@ -85,20 +85,15 @@ fn destination(skb: *mut __sk_buff) -> Destination {
 /// Publishes the caller of a redirected connection under its SYN.
 #[inline(always)]
 fn publish(ctx: &SkBuffContext, skb: *mut __sk_buff, transport: u32) {
-    let Some(start) = load::<20>(skb, transport) else {
+    let Some(port) = load::<2>(skb, transport + 2) else {
         return;
     };
-    let port = u16::from_ne_bytes([start[2], start[3]]);
-    if u32::from(port) != maps::LISTENER_PORT.load() || start[13] & (SYN | ACK) != SYN {
+    if u32::from(u16::from_ne_bytes(port)) != maps::LISTENER_PORT.load() {
         return;
     }
-    // Without options it is shorter, and says so itself.
-    let tcp = load::<{ SynKey::HEADER }>(skb, transport).unwrap_or_else(|| {
-        let mut tcp = [0; SynKey::HEADER];
-        tcp[..20].copy_from_slice(&start);
-        tcp
-    });
-    let key = SynKey::of(&tcp);
+    let Some(key) = packet::syn_key(skb, transport) else {
+        return;
+    };
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
     // SAFETY: the entry is this socket's own, and not written while its SYN is sent.

@@ -2,6 +2,7 @@
 //!
 //! `connect*` turns connections for a metadata endpoint to the guard's listener, `egress` tells the
 //! listener who made them and stops what went around, `perimeter` stops what never passed `egress`,
+//! `listener` keeps made-up connections from the guard,
 //! `getpeername*` shows the client the address it asked for.
 #![no_std]
 #![no_main]
@@ -12,13 +13,14 @@
 
 mod connect;
 mod egress;
+mod listener;
 mod maps;
 mod packet;
 mod peername;
 mod perimeter;
 
 use aya_ebpf::{
-    macros::{cgroup_skb, cgroup_sock_addr, classifier},
+    macros::{cgroup_skb, cgroup_sock_addr, classifier, socket_filter},
     programs::{SkBuffContext, SockAddrContext, TcContext},
 };
 
@@ -45,6 +47,11 @@ pub fn getpeername6(ctx: SockAddrContext) -> i32 {
 #[cgroup_skb(egress)]
 pub fn backstop(ctx: SkBuffContext) -> i32 {
     egress::egress(&ctx)
+}
+
+#[socket_filter]
+pub fn listener(ctx: SkBuffContext) -> i64 {
+    listener::filter(&ctx)
 }
 
 #[classifier]

@@ -11,7 +11,7 @@ use imds_guard_common::{
     control::{Control, Mode, OnFailure},
     event::{COUNTERS as COUNTER_COUNT, Counter},
     flow::{Origin, SynKey},
-    packet::{Budget, LAYERS, Packet},
+    packet::{BUDGETS as BUDGET_COUNT, Budget, PER_SECOND, Packet},
 };
 
 // The addresses live in `.rodata`: a map that the daemon fills before the programs load and that is
@@ -66,9 +66,9 @@ pub static FLOWS: LruHashMap<SynKey, Origin, 16384> = LruHashMap::new();
 #[btf_map]
 pub static PACKETS: RingBuf<Packet, 65536> = RingBuf::new();
 
-/// How many packets were reported lately, by [`imds_guard_common::packet::Layer`].
+/// What may be reported or heard, by [`imds_guard_common::packet::Layer`] or `STRANGERS`.
 #[btf_map]
-pub static BUDGETS: Array<Budget, { LAYERS as usize }> = Array::new();
+pub static BUDGETS: Array<Budget, { BUDGET_COUNT as usize }> = Array::new();
 
 /// What happened, by [`Counter`].
 #[btf_map]
@@ -112,4 +112,25 @@ pub fn stops(control: &Control) -> bool {
 pub fn is_exempt(cookie: u64) -> bool {
     // SAFETY: the value is only tested for presence.
     unsafe { EXEMPT.get(cookie) }.is_some()
+}
+
+/// Spends one of a budget. Returns how often nothing was left since the last time; `None` if nothing is.
+#[inline(always)]
+pub fn spend(budget: u32) -> Option<u64> {
+    let budget = BUDGETS.get_ptr_mut(budget)?;
+    // SAFETY: the slot exists as long as the program. CPUs that write at once can spend one more or
+    // less, which is all the same.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        if now - (*budget).began > 1_000_000_000 {
+            (*budget).began = now;
+            (*budget).spent = 0;
+        }
+        if (*budget).spent >= PER_SECOND {
+            (*budget).denied += 1;
+            return None;
+        }
+        (*budget).spent += 1;
+        Some(core::mem::take(&mut (*budget).denied))
+    }
 }

@@ -3,14 +3,14 @@
 use aya_ebpf::{
     bindings::__sk_buff,
     helpers::generated::{
-        bpf_get_socket_cookie, bpf_get_socket_uid, bpf_ktime_get_ns, bpf_skb_cgroup_id,
-        bpf_skb_load_bytes,
+        bpf_get_socket_cookie, bpf_get_socket_uid, bpf_skb_cgroup_id, bpf_skb_load_bytes,
     },
 };
 use imds_guard_common::{
     addr::{self, Words},
     event::Counter,
-    packet::{Layer, Packet, REPORTS_PER_SECOND},
+    flow::SynKey,
+    packet::{Layer, Packet},
 };
 
 use crate::maps;
@@ -33,9 +33,9 @@ const DESTINATION: u8 = 60;
 const MAX_EXTENSIONS: usize = 4;
 
 const FIN: u8 = 1;
-pub const SYN: u8 = 2;
+const SYN: u8 = 2;
 const RST: u8 = 4;
-pub const ACK: u8 = 16;
+const ACK: u8 = 16;
 
 /// A packet that is for the metadata service's address.
 pub struct Headers {
@@ -55,6 +55,22 @@ pub fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]>
     let failed =
         unsafe { bpf_skb_load_bytes(skb.cast(), offset, bytes.as_mut_ptr().cast(), N as u32) };
     (failed == 0).then_some(bytes)
+}
+
+/// What a SYN, and nothing else, is known by.
+#[inline(always)]
+pub fn syn_key(skb: *mut __sk_buff, transport: u32) -> Option<SynKey> {
+    let start = load::<20>(skb, transport)?;
+    if start[13] & (SYN | ACK) != SYN {
+        return None;
+    }
+    // Without options it is shorter, and says so itself.
+    let tcp = load::<{ SynKey::HEADER }>(skb, transport).unwrap_or_else(|| {
+        let mut tcp = [0; SynKey::HEADER];
+        tcp[..20].copy_from_slice(&start);
+        tcp
+    });
+    Some(SynKey::of(&tcp))
 }
 
 #[inline(always)]
@@ -208,27 +224,11 @@ fn stop(skb: *mut __sk_buff, layer: Layer, headers: &Headers, source_port: u16) 
 /// Hands a packet to the daemon, unless there were too many lately.
 #[inline(always)]
 fn report(skb: *mut __sk_buff, layer: Layer, headers: &Headers, source_port: u16, dropped: bool) {
-    let Some(budget) = maps::BUDGETS.get_ptr_mut(layer as u32) else {
+    let Some(unreported) = maps::spend(layer as u32) else {
         return;
     };
-    // SAFETY: the slot exists as long as the program. CPUs that write at once can report a packet
-    // more or fewer, which is all the same.
-    let unreported = unsafe {
-        let now = bpf_ktime_get_ns();
-        if now - (*budget).began > 1_000_000_000 {
-            (*budget).began = now;
-            (*budget).reported = 0;
-        }
-        if (*budget).reported >= REPORTS_PER_SECOND {
-            (*budget).unreported += 1;
-            return;
-        }
-        (*budget).reported += 1;
-        core::mem::take(&mut (*budget).unreported)
-    };
+    // A daemon that does not read them loses them.
     let Some(mut entry) = maps::PACKETS.reserve(0) else {
-        // SAFETY: as above.
-        unsafe { (*budget).unreported += unreported + 1 };
         return;
     };
     // SAFETY: the context is valid while the program runs.

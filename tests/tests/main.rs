@@ -11,6 +11,7 @@ mod events;
 mod faults;
 mod lab;
 mod lifecycle;
+mod load;
 mod redirect;
 
 /// imds-guard's command line.

@@ -1,6 +1,6 @@
 //! Loads the programs, fills in the addresses, attaches and pins them.
 
-use std::{fs::File, path::Path};
+use std::{fs::File, net::TcpListener, path::Path};
 
 use anyhow::{Context as _, anyhow};
 use aya::{
@@ -8,7 +8,7 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf},
     programs::{
         CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, ProgramError,
-        SchedClassifier, links::FdLink,
+        SchedClassifier, SocketFilter, links::FdLink,
     },
 };
 use aya_log::EbpfLogger;
@@ -29,6 +29,7 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/imds-gu
 
 const SOCK_ADDR_PROGRAMS: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
 const EGRESS_PROGRAM: &str = "backstop";
+const LISTENER_PROGRAM: &str = "listener";
 
 /// Ring buffer of the kernel programs' log when it is switched off: the smallest there is.
 const LOG_RING_OFF: u32 = 4096;
@@ -121,6 +122,7 @@ impl Kernel {
             program::<CgroupSockAddr>(&mut self.ebpf, name)?.load()?;
         }
         program::<CgroupSkb>(&mut self.ebpf, EGRESS_PROGRAM)?.load()?;
+        program::<SocketFilter>(&mut self.ebpf, LISTENER_PROGRAM)?.load()?;
         program::<SchedClassifier>(&mut self.ebpf, perimeter::PROGRAM)?.load()
     }
 
@@ -149,6 +151,20 @@ impl Kernel {
             let id = program.attach(cgroup, mode)?;
             pins.keep(name, FdLink::try_from(program.take_link(id)?)?)?;
         }
+        Ok(())
+    }
+
+    /// Lets only redirected connections be begun with a listener. The filter lives as long as the
+    /// socket, in whatever process; that of a later daemon takes its place.
+    ///
+    /// # Errors
+    /// The socket takes no filter.
+    pub fn shield(&mut self, listener: &TcpListener) -> Result<(), Failure> {
+        let filter: &mut SocketFilter =
+            program(&mut self.ebpf, LISTENER_PROGRAM).context("the listener's filter")?;
+        filter
+            .attach(listener)
+            .context("a listener takes no filter")?;
         Ok(())
     }
 

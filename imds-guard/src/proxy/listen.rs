@@ -48,7 +48,7 @@ fn bind(address: SocketAddr, limits: &Limits) -> io::Result<TcpListener> {
 fn prepare(socket: &Socket, limits: &Limits) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_user_timeout(Some(limits.stalled_timeout))?;
-    syn::save(socket)?;
+    syn::prepare(socket)?;
     socket.set_nonblocking(true)
 }
 

@@ -16,17 +16,26 @@ pub struct Syn {
     pub key: SynKey,
 }
 
-/// Makes a listener keep the headers of each connection's SYN (`TCP_SAVE_SYN`, tcp(7), Linux 4.2).
-pub fn save(listener: &impl AsFd) -> io::Result<()> {
-    let on: libc::c_int = 1;
+/// How often a listener repeats its part of the handshake: half-open connections last seconds, not a
+/// minute.
+const SYN_ACKS: libc::c_int = 2;
+
+/// Makes a listener keep the headers of each connection's SYN (`TCP_SAVE_SYN`, tcp(7), Linux 4.2), and
+/// half-open connections not for long (`TCP_SYNCNT`).
+pub fn prepare(listener: &impl AsFd) -> io::Result<()> {
+    set(listener, libc::TCP_SAVE_SYN, 1)?;
+    set(listener, libc::TCP_SYNCNT, SYN_ACKS)
+}
+
+fn set(socket: &impl AsFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
     // SAFETY: the descriptor is borrowed and open, the option is an int of the given size.
     let done = unsafe {
         libc::setsockopt(
-            listener.as_fd().as_raw_fd(),
+            socket.as_fd().as_raw_fd(),
             libc::IPPROTO_TCP,
-            libc::TCP_SAVE_SYN,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
         )
     };
     if done == 0 {
@@ -86,7 +95,7 @@ mod tests {
     fn a_loopback_connection_has_lost_nothing_and_is_known() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let listener = TcpListener::bind(address).unwrap();
-            save(&listener).unwrap();
+            prepare(&listener).unwrap();
             let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (accepted, _) = listener.accept().unwrap();
             let syn = take(&accepted).unwrap();

@@ -106,6 +106,9 @@ fn serve_from(
     let listeners = listeners(settings, ipv6, &mut post.listeners)?;
     let mut kernel = Kernel::load(settings, ipv6, pins)?;
     let maps = kernel.take_maps()?;
+    for listener in &listeners {
+        kernel.shield(listener)?;
+    }
     addresses.take_on(settings.listeners, maps.control.get().addresses);
     if post.takes_over_from.is_none() {
         maps.exempt.forget_all();
