@@ -47,7 +47,8 @@ fn attack(lab: &Lab, place: Place, script: &str) -> (Child, imds_guard::lab::Roo
     (child, room)
 }
 
-/// Another caller, who fetches a token and uses it, ten times on connections of their own.
+/// Another caller, who fetches a token and uses it, ten times on connections of their own. Without the
+/// guard's limits, one of them would wait for half a minute.
 fn others_are_served(lab: &Lab) {
     let script = format!(
         r"
@@ -58,7 +59,7 @@ for _ in range(10):
         ('PUT', '/latest/api/token', lambda: {{'X-aws-ec2-metadata-token-ttl-seconds': '60'}}),
         ('GET', '{INSTANCE_ID_PATH}', lambda: {{'X-aws-ec2-metadata-token': token}}),
     ]:
-        client = http.client.HTTPConnection('169.254.169.254', 80, timeout=20)
+        client = http.client.HTTPConnection('169.254.169.254', 80, timeout=5)
         client.request(method, path, headers=headers())
         answer = client.getresponse()
         token = answer.read().decode()
@@ -129,7 +130,7 @@ def checksum(data):
 raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
 target = socket.inet_aton('169.254.171.254')
 for n in range(10000):
-    source = struct.pack('!BBH', 10, 88, 0x0100 + n % 0xf000)
+    source = struct.pack('!BBBB', 10, 88, 0, 3 + n % 250)
     tcp = struct.pack('!HHIIBBHHH', 1024 + n % 60000, 254, n, 0, 5 << 4, 2, 65535, 0, 0)
     pseudo = source + target + struct.pack('!BBH', 0, 6, len(tcp))
     tcp = tcp[:16] + struct.pack('!H', checksum(pseudo + tcp)) + tcp[18:]
