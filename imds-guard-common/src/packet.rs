@@ -64,6 +64,11 @@ pub struct Budget {
 /// What a budget allows in a second.
 pub const PER_SECOND: u64 = 20;
 
+/// Connections that one caller may begin in a second: many times what the service itself lets through
+/// (1024 packets a second for each network interface), and little for the guard. More are not lost: a
+/// client sends its SYN again, after a second.
+pub const CONNECTIONS_PER_SECOND: u64 = 8000;
+
 const _: () = assert!(size_of::<Packet>() == 64);
 const _: () = assert!(size_of::<Budget>() == 24);
 

@@ -2,6 +2,7 @@
 
 use aya_ebpf::{
     Global,
+    bindings::BPF_ANY,
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
     helpers::generated::bpf_ktime_get_ns,
     macros::btf_map,
@@ -11,7 +12,7 @@ use imds_guard_common::{
     control::{Control, Mode, OnFailure},
     event::{COUNTERS as COUNTER_COUNT, Counter},
     flow::{Origin, SynKey},
-    packet::{BUDGETS as BUDGET_COUNT, Budget, PER_SECOND, Packet},
+    packet::{BUDGETS as BUDGET_COUNT, Budget, CONNECTIONS_PER_SECOND, PER_SECOND, Packet},
 };
 
 // The addresses live in `.rodata`: a map that the daemon fills before the programs load and that is
@@ -70,6 +71,11 @@ pub static PACKETS: RingBuf<Packet, 65536> = RingBuf::new();
 #[btf_map]
 pub static BUDGETS: Array<Budget, { BUDGET_COUNT as usize }> = Array::new();
 
+/// How many connections each caller has begun lately, by user or by cgroup. LRU: who begins none is
+/// forgotten.
+#[btf_map]
+pub static CALLERS: LruHashMap<u64, Budget, 4096> = LruHashMap::new();
+
 /// What happened, by [`Counter`].
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { COUNTER_COUNT as usize }> = PerCpuArray::new();
@@ -118,15 +124,50 @@ pub fn is_exempt(cookie: u64) -> bool {
 #[inline(always)]
 pub fn spend(budget: u32) -> Option<u64> {
     let budget = BUDGETS.get_ptr_mut(budget)?;
-    // SAFETY: the slot exists as long as the program. CPUs that write at once can spend one more or
-    // less, which is all the same.
+    // SAFETY: the slot exists as long as the program.
+    unsafe { spend_of(budget, PER_SECOND) }
+}
+
+/// Whether a caller may begin one more connection now.
+#[inline(always)]
+pub fn may_begin(origin: &Origin) -> bool {
+    // Root is many, in containers, too; other users can make cgroups of their own.
+    let caller = if origin.uid == 0 {
+        origin.cgroup_id
+    } else {
+        1 << 63 | u64::from(origin.uid)
+    };
+    match CALLERS.get_ptr_mut(caller) {
+        // SAFETY: an entry that is evicted is not used again before the program ends (kernel: RCU).
+        Some(budget) => unsafe { spend_of(budget, CONNECTIONS_PER_SECOND) }.is_some(),
+        None => {
+            // SAFETY: a helper without preconditions.
+            let began = unsafe { bpf_ktime_get_ns() };
+            let first = Budget {
+                began,
+                spent: 1,
+                denied: 0,
+            };
+            let _full = CALLERS.insert(caller, first, BPF_ANY.into());
+            true
+        }
+    }
+}
+
+/// CPUs that write at once can spend one more or less, which is all the same.
+///
+/// # Safety
+/// `budget` must point to a map's value.
+#[inline(always)]
+unsafe fn spend_of(budget: *mut Budget, per_second: u64) -> Option<u64> {
+    // SAFETY: by the caller's promise.
     unsafe {
         let now = bpf_ktime_get_ns();
         if now - (*budget).began > 1_000_000_000 {
             (*budget).began = now;
             (*budget).spent = 0;
         }
-        if (*budget).spent >= PER_SECOND {
+        if (*budget).spent >= per_second {
             (*budget).denied += 1;
             return None;
         }

@@ -24,7 +24,7 @@ pub const DIRECTORY: &str = "/sys/fs/bpf/imds-guard";
 pub const LAYOUT: &str = "v1";
 
 /// The maps that one daemon hands to the next.
-pub const SHARED_MAPS: [&str; 8] = [
+pub const SHARED_MAPS: [&str; 9] = [
     "CONTROL",
     "ALIVE_UNTIL",
     "EXEMPT",
@@ -32,6 +32,7 @@ pub const SHARED_MAPS: [&str; 8] = [
     "FLOWS",
     "PACKETS",
     "BUDGETS",
+    "CALLERS",
     "COUNTERS",
 ];
 

@@ -3,6 +3,7 @@
 use std::{
     convert::Infallible,
     io,
+    mem::MaybeUninit,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -16,6 +17,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use imds_guard_common::flow::{Family, Origin, SynKey};
+use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
@@ -167,6 +169,9 @@ async fn serve(
     let Some(_place) = places.take(&origin) else {
         return refuse(ConnectionRefusal::TooMany, Some(&origin));
     };
+    if has_left(&stream) {
+        return;
+    }
     let caller = proxy.resolver.resolve(&origin).await;
     let hops = hops(caller.netns == Netns::Host, Some(syn.ttl));
     let connection = Connection::new(caller, family, hops, accepted.elapsed());
@@ -203,6 +208,16 @@ async fn serve(
     };
     if let Err(error) = served {
         log::debug!("the connection of pid {} ended: {error}", origin.pid);
+    }
+}
+
+/// Whether the client has closed its side without having asked anything: not worth finding out who it
+/// was, which is most of the work.
+fn has_left(stream: &TcpStream) -> bool {
+    let mut byte = [MaybeUninit::uninit()];
+    match SockRef::from(stream).peek(&mut byte) {
+        Ok(bytes) => bytes == 0,
+        Err(error) => error.kind() != io::ErrorKind::WouldBlock,
     }
 }
 
