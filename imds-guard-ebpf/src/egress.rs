@@ -54,18 +54,24 @@ fn destination(skb: *mut __sk_buff) -> Destination {
     // header that it made itself, or checked (raw sockets).
     let protocol = u16::from_be(unsafe { (*skb).protocol } as u16);
     if protocol == ETH_P_IP {
-        let Some(header) = load::<20>(skb, 0) else {
+        let to = packet::word_at(skb, 16);
+        let is_metadata = to == Some(maps::IMDS_V4.load());
+        if !is_metadata && to != Some(maps::LISTENER_V4.load()) {
             return Destination::Elsewhere;
-        };
-        let to = u32::from_ne_bytes([header[16], header[17], header[18], header[19]]);
-        if to == maps::IMDS_V4.load() {
-            Destination::Metadata(packet::headers4(&header, 0))
-        } else if to == maps::LISTENER_V4.load() && header[9] == IPPROTO_TCP {
-            Destination::Listener(u32::from(header[0] & 0x0f) * 4)
-        } else {
-            Destination::Elsewhere
+        }
+        match load::<20>(skb, 0) {
+            Some(header) if is_metadata => Destination::Metadata(packet::headers4(&header, 0)),
+            Some(header) if header[9] == IPPROTO_TCP => {
+                Destination::Listener(u32::from(header[0] & 0x0f) * 4)
+            }
+            _ => Destination::Elsewhere,
         }
     } else if protocol == ETH_P_IPV6 {
+        // The addresses differ in their last word from all others that begin like them.
+        let to = packet::word_at(skb, 36);
+        if to != Some(maps::IMDS_V6.load()[3]) && to != Some(maps::LISTENER_V6.load()[3]) {
+            return Destination::Elsewhere;
+        }
         let Some(header) = load::<40>(skb, 0) else {
             return Destination::Elsewhere;
         };

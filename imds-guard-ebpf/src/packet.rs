@@ -57,6 +57,20 @@ pub fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]>
     (failed == 0).then_some(bytes)
 }
 
+/// Four bytes of a packet as they are, without a call where the kernel has them in one piece, as it has
+/// headers; `None` if it is shorter.
+#[inline(always)]
+pub fn word_at(skb: *mut __sk_buff, offset: usize) -> Option<u32> {
+    // SAFETY: the context is valid while the program runs, and what is read lies before its end.
+    unsafe {
+        let word = (*skb).data as usize + offset;
+        if word + 4 <= (*skb).data_end as usize {
+            return Some(*(word as *const u32));
+        }
+    }
+    load(skb, offset as u32).map(u32::from_ne_bytes)
+}
+
 /// What a SYN, and nothing else, is known by.
 #[inline(always)]
 pub fn syn_key(skb: *mut __sk_buff, transport: u32) -> Option<SynKey> {

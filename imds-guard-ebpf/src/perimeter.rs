@@ -34,6 +34,16 @@ pub fn egress(ctx: &TcContext) -> i32 {
 /// `None` if it is no whole IP packet.
 #[inline(always)]
 fn passes(skb: *mut __sk_buff) -> Option<bool> {
+    // Most frames leave here: they are for other addresses.
+    if let Some(kind) = packet::word_at(skb, 12) {
+        let kind = u16::from_be(kind as u16);
+        let to = |at| packet::word_at(skb, ETH_HLEN as usize + at);
+        if (kind == ETH_P_IP && to(16)? != maps::IMDS_V4.load())
+            || (kind == ETH_P_IPV6 && to(36)? != maps::IMDS_V6.load()[3])
+        {
+            return None;
+        }
+    }
     // From the frame itself: a packet socket can tell the kernel another protocol than it sends.
     let mut kind = u16::from_be_bytes(load(skb, 12)?);
     let mut network = ETH_HLEN;

@@ -5,8 +5,9 @@
 
 use std::{
     env, fs,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{TcpListener, TcpStream, UdpSocket},
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -18,7 +19,7 @@ use aya::{
 };
 use imds_guard::{
     kernel::probe,
-    lab::{Guard, Lab, LabConfig, Place, Room},
+    lab::{CONTAINER_V4, Guard, Lab, LabConfig, Place, Room},
 };
 
 const SERVICE: &str = "http://169.254.169.254";
@@ -31,8 +32,10 @@ const DURATION: &str = "4s";
 const CONNECTIONS: [u32; 2] = [1, 16];
 /// Connects of each kind in the measurement of the hooks.
 const CONNECTS: u32 = 50_000;
-/// Clients in the measurement of memory.
+/// Clients in the measurement of memory: as many as one caller may be.
 const CLIENTS: usize = 256;
+/// How long each stream lasts.
+const STREAM: Duration = Duration::from_secs(3);
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -41,6 +44,8 @@ fn main() -> Result<()> {
         // What runs inside the lab, where the hooks are attached.
         ["connects"] => connects(),
         ["clients"] => clients(),
+        ["sink"] => sink(),
+        ["stream", to] => stream(to),
         _ => bail!("bench takes no arguments"),
     }
 }
@@ -61,7 +66,7 @@ fn bench() -> Result<()> {
     println!("connects that are not ours, {CONNECTS} each (nanoseconds)");
     println!("{:<22}{:>12}{:>22}", "", "UDP connect", "TCP connect+close");
     let none = measure_connects("without guard", room)?;
-    let guard = Guard::start(&lab, &guard_program, ["--mode", "enforce"])?;
+    let guard = start(&lab, &guard_program)?;
     let with = measure_connects("with guard", room)?;
     println!(
         "{:<22}{:>12}{:>22}",
@@ -72,6 +77,7 @@ fn bench() -> Result<()> {
     hooks(room)?;
     memory(room, &guard)?;
     guard.stop()?;
+    streams(&lab, &guard_program)?;
 
     println!("\nv2 GET of the instance id, {DURATION} each");
     println!("{:<50}{:>12}{:>12}{:>12}", "", "requests/s", "p50", "p99");
@@ -85,13 +91,73 @@ fn bench() -> Result<()> {
             };
             load.run("straight", SERVICE)?;
             load.run("nginx", NGINX)?;
-            let guard = Guard::start(&lab, &guard_program, ["--mode", "enforce"])?;
+            let guard = start(&lab, &guard_program)?;
             load.run("imds-guard", SERVICE)?;
             guard.stop()?;
         }
     }
     drop(nginx);
     Ok(())
+}
+
+/// A guard that leaves nothing in the way of the next measurement. Towards the container, too, its
+/// perimeter stands: there it can be measured with traffic that does not end at once.
+fn start(lab: &Lab, program: &Path) -> Result<Guard> {
+    let arguments = [
+        "--mode",
+        "enforce",
+        "--on-stop",
+        "detach",
+        "--uplink",
+        "ctr0",
+    ];
+    Guard::start(lab, program, arguments)
+}
+
+/// Bulk data and small packets, over the loopback (backstop) and to the container (perimeter, too).
+fn streams(lab: &Lab, guard_program: &Path) -> Result<()> {
+    println!("\none TCP stream, and UDP datagrams of 100 bytes, {STREAM:?} each");
+    println!("{:<34}{:>12}{:>18}", "", "Gbit/s", "ns a datagram");
+    let container = CONTAINER_V4.to_string();
+    let ways = [
+        ("loopback", Place::Host, "127.0.0.1"),
+        ("to the container", Place::Container, container.as_str()),
+    ];
+    for (way, place, address) in ways {
+        measure_stream(&format!("{way}, without guard"), lab, place, address)?;
+        let guard = start(lab, guard_program)?;
+        measure_stream(&format!("{way}, with guard"), lab, place, address)?;
+        let counting = enable_stats(Stats::RunTime).context("bpf_stats cannot be switched on")?;
+        let before = runs()?;
+        run_stream(lab, place, address)?;
+        let after = runs()?;
+        drop(counting);
+        print_runs(before, after);
+        guard.stop()?;
+    }
+    Ok(())
+}
+
+fn measure_stream(name: &str, lab: &Lab, place: Place, address: &str) -> Result<()> {
+    let (rate, each) = run_stream(lab, place, address)?;
+    println!("{name:<34}{rate:>12.1}{each:>18}");
+    Ok(())
+}
+
+fn run_stream(lab: &Lab, place: Place, address: &str) -> Result<(f64, u64)> {
+    let mut sink = lab
+        .command(place, env::current_exe()?)
+        .arg("sink")
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut ready = String::new();
+    BufReader::new(sink.stdout.take().context("no output")?).read_line(&mut ready)?;
+    let mut source = lab.command(Place::Host, env::current_exe()?);
+    let text = output(source.args(["stream", address]))?;
+    sink.wait()?;
+    let mut words = text.split_whitespace();
+    let mut word = || words.next().context("no number");
+    Ok((word()?.parse()?, word()?.parse()?))
 }
 
 fn token(room: &Room) -> Result<String> {
@@ -123,6 +189,11 @@ fn hooks(room: &Room) -> Result<()> {
     let after = runs()?;
     drop(counting);
     println!("\nbpf_stats of the same connects, all of which leave early");
+    print_runs(before, after);
+    Ok(())
+}
+
+fn print_runs(before: Vec<(String, u64, Duration)>, after: Vec<(String, u64, Duration)>) {
     println!("{:<22}{:>12}{:>22}", "program", "runs", "ns each");
     for ((name, count_before, time_before), (_, count, time)) in before.into_iter().zip(after) {
         let (count, time) = (count - count_before, time - time_before);
@@ -133,7 +204,6 @@ fn hooks(room: &Room) -> Result<()> {
             );
         }
     }
-    Ok(())
 }
 
 fn runs() -> Result<Vec<(String, u64, Duration)>> {
@@ -141,7 +211,7 @@ fn runs() -> Result<Vec<(String, u64, Duration)>> {
     for program in loaded_programs() {
         let program = program?;
         let name = program.name_as_str().unwrap_or_default().to_owned();
-        if ["connect4", "publish_caller"].contains(&name.as_str()) {
+        if ["connect4", "backstop", "imds_perimeter"].contains(&name.as_str()) {
             runs.retain(|(_, other, ..)| *other != name);
             runs.push((program.id(), name, program.run_count(), program.run_time()));
         }
@@ -332,6 +402,44 @@ fn connects() -> Result<()> {
     }
     let tcp_time = begun.elapsed() / CONNECTS;
     println!("{} {}", udp_time.as_nanos(), tcp_time.as_nanos());
+    Ok(())
+}
+
+/// Takes one TCP stream to its end; datagrams are thrown away.
+fn sink() -> Result<()> {
+    let listener = TcpListener::bind("0.0.0.0:5201")?;
+    let _datagrams = UdpSocket::bind("0.0.0.0:5201")?;
+    println!("ready");
+    let (mut stream, _) = listener.accept()?;
+    let mut buffer = vec![0; 1 << 20];
+    while stream.read(&mut buffer)? > 0 {}
+    Ok(())
+}
+
+/// Sends datagrams, then a TCP stream. Prints the stream's rate and the time of a datagram.
+fn stream(to: &str) -> Result<()> {
+    let to = format!("{to}:5201");
+    let datagrams = UdpSocket::bind("0.0.0.0:0")?;
+    datagrams.connect(&to)?;
+    let mut count = 0;
+    let begun = Instant::now();
+    while begun.elapsed() < STREAM {
+        for _ in 0..100 {
+            let _dropped = datagrams.send(&[0; 100]);
+        }
+        count += 100;
+    }
+    let each = begun.elapsed().as_nanos() / count;
+    let mut stream = TcpStream::connect(&to)?;
+    let buffer = vec![0; 128 * 1024];
+    let mut bytes = 0;
+    let begun = Instant::now();
+    while begun.elapsed() < STREAM {
+        stream.write_all(&buffer)?;
+        bytes += buffer.len();
+    }
+    let rate = bytes as f64 * 8.0 / begun.elapsed().as_secs_f64() / 1e9;
+    println!("{rate} {each}");
     Ok(())
 }
 
