@@ -6,7 +6,8 @@
 
 use std::{
     ffi::OsStr,
-    process::{Command, Output, Stdio},
+    io::{BufRead as _, BufReader, Read as _},
+    process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio},
     sync::Arc,
 };
 
@@ -109,6 +110,32 @@ impl Sandbox {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
+    /// Starts a Python script that waits where it calls `wait()`, so that what comes next can be timed.
+    /// Returns when it is there.
+    ///
+    /// # Panics
+    /// Python is missing, or the script ends before.
+    #[must_use]
+    pub fn python_waiting(&self, place: Place, script: &str) -> Waiting {
+        let script = format!(
+            "import sys\ndef wait():\n    print(flush=True)\n    sys.stdin.readline()\n{script}"
+        );
+        let mut child = self
+            .lab
+            .command(place, python())
+            .args(["-c", &script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("Python cannot be run: {error}"));
+        let output = child.stdout.take().map(BufReader::new);
+        let mut output = output.unwrap_or_else(|| panic!("Python has no output"));
+        let mut line = String::new();
+        let read = output.read_line(&mut line);
+        assert!(matches!(read, Ok(1..)), "the script has ended: {read:?}");
+        Waiting { child, output }
+    }
+
     /// The guard's next event, which must be about a request.
     ///
     /// # Panics
@@ -141,6 +168,33 @@ impl Sandbox {
             .unwrap_or_else(|error| panic!("{error:#}"));
         assert!(status.success(), "the guard ended with {status}");
         (events, self.lab)
+    }
+}
+
+/// A script that waits to go on.
+pub struct Waiting {
+    child: Child,
+    output: BufReader<ChildStdout>,
+}
+
+impl Waiting {
+    /// Lets it go on, to its end. Returns what it printed.
+    ///
+    /// # Panics
+    /// It fails.
+    #[must_use]
+    pub fn go(mut self) -> String {
+        let mut text = String::new();
+        // Dropped at once: the script reads to the end.
+        drop(self.child.stdin.take());
+        let read = self.output.read_to_string(&mut text);
+        assert!(read.is_ok(), "{read:?}");
+        let status = self.child.wait();
+        assert!(
+            status.as_ref().is_ok_and(ExitStatus::success),
+            "{status:?}: {text}"
+        );
+        text.trim().to_owned()
     }
 }
 

@@ -7,10 +7,7 @@ use imds_guard::{
     policy::caller::{Netns, Unresolved},
 };
 use imds_guard_tests::{Sandbox, run};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 
 use crate::{GUARD, INSTANCE_ID_PATH};
 
@@ -103,17 +100,19 @@ fn containers_units_and_threads_are_told_apart() {
 #[test]
 fn a_caller_that_is_gone_is_not_guessed() {
     let sandbox = Sandbox::new(GUARD, &["--mode", "audit"]);
-    let guard = Pid::from_raw(i32::try_from(sandbox.guard.pid()).unwrap());
-    // The kernel completes the connection and keeps the request; the guard sees it afterwards.
-    kill(guard, Signal::SIGSTOP).unwrap();
     let script = format!(
         "import socket, os\n\
-         s = socket.create_connection(('169.254.169.254', 80))\n\
+         s = socket.socket()\n\
+         wait()\n\
+         s.connect(('169.254.169.254', 80))\n\
          s.sendall(b'GET {INSTANCE_ID_PATH} HTTP/1.0\\r\\n\\r\\n')\n\
          print(os.getpid())"
     );
-    let pid: u32 = sandbox.python(Place::Host, &script).parse().unwrap();
-    kill(guard, Signal::SIGCONT).unwrap();
+    let client = sandbox.python_waiting(Place::Host, &script);
+    // The kernel completes the connection and keeps the request; the guard sees it afterwards.
+    sandbox.guard.signal(Signal::SIGSTOP).unwrap();
+    let pid: u32 = client.go().parse().unwrap();
+    sandbox.guard.signal(Signal::SIGCONT).unwrap();
 
     let caller = sandbox.caller();
     assert_eq!(

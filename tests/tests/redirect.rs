@@ -6,6 +6,7 @@ use imds_guard::{
     record::{Endpoint, Kind, Stopped},
 };
 use imds_guard_tests::{Sandbox, curl};
+use nix::sys::signal::Signal;
 
 use crate::{ADDRESSES, GUARD, INSTANCE_ID_PATH};
 
@@ -211,28 +212,27 @@ fn a1_connecting_to_the_listener_itself_is_refused() {
 #[test]
 fn a1_a_stale_caller_is_not_inherited() {
     let sandbox = Sandbox::new(GUARD, &["--mode", "audit"]);
-    let guard = i32::try_from(sandbox.guard.pid()).unwrap();
-    let signal =
-        |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(guard), signal).unwrap();
     // While the guard stands still, a redirected client connects and goes, and the connection is
     // reset; then another one comes straight to the listener from the same port.
-    signal(nix::sys::signal::Signal::SIGSTOP);
     let script = r"
 import socket, struct
 first = socket.socket()
 first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+second = socket.socket()
+second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+wait()
 first.connect(('169.254.169.254', 80))
 mine = first.getsockname()
 first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
 first.close()
-second = socket.socket()
-second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 second.bind(mine)
 second.connect(('169.254.171.254', 254))
 print('connected')
 ";
-    assert_eq!(sandbox.python(Place::Host, script), "connected");
-    signal(nix::sys::signal::Signal::SIGCONT);
+    let clients = sandbox.python_waiting(Place::Host, script);
+    sandbox.guard.signal(Signal::SIGSTOP).unwrap();
+    assert_eq!(clients.go(), "connected");
+    sandbox.guard.signal(Signal::SIGCONT).unwrap();
     // Neither is served: the first is gone, the second was not redirected.
     let event = sandbox.guard.event().unwrap();
     assert!(

@@ -12,6 +12,7 @@ mod lint;
 mod privilege;
 mod setup;
 mod test;
+mod vm;
 
 const HELP: &str = "\
 Usage: cargo xtask TASK [ARGUMENTS]
@@ -20,6 +21,7 @@ Usage: cargo xtask TASK [ARGUMENTS]
   build [ARGS]     build the workspace; ARGS go to `cargo build`
   demo  [ARGS]     build imds-guard and show it at work; ARGS go to `imds-guard demo`
   test  [ARGS]     run all tests (needs root); ARGS go to `cargo test`
+  vm-test [TESTS]  run the kernel tests on older kernels, in qemu (needs root)
   lint             rustfmt, clippy (the kernel programs too) and cargo-deny
   bench [ARGS]     measure what the guard costs (needs root); ARGS go to the benchmark
 ";
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         Some("demo") => demo::run(&args),
         Some("test") => test::run(&args),
         Some("lint") => no_arguments(&args).and_then(|()| lint::run()),
+        Some("vm-test") => vm::run(&args),
         Some("bench") => bench::run(&args),
         Some("help" | "-h" | "--help") => {
             print!("{HELP}");

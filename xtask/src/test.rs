@@ -35,7 +35,7 @@ pub fn run(args: &[OsString]) -> Result<()> {
 }
 
 /// The Python of a virtual environment that holds exactly `tests/requirements.txt`.
-fn python() -> Result<PathBuf> {
+pub fn python() -> Result<PathBuf> {
     let requirements = workspace().join("tests/requirements.txt");
     let wanted = read(&requirements)?;
     let venv = workspace().join("target/venv");

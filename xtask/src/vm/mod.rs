@@ -1,0 +1,248 @@
+//! `cargo xtask vm-test`: the kernel tests on the kernels that are still in use.
+//!
+//! Each boots in qemu, without hardware virtualisation and without any network device, into an image of
+//! this host's programs and the very test binary that runs here.
+
+mod image;
+mod kernels;
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use image::Image;
+use kernels::Kernel;
+use xtask::{
+    process::{self, cargo},
+    workspace,
+};
+
+use crate::{apt, privilege::require_root, setup, test};
+
+/// Programs, and the packages that bring them.
+const NEEDS: [(&str, &str); 6] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("cpio", "cpio"),
+    ("depmod", "kmod"),
+    ("xz", "xz-utils"),
+    ("strip", "binutils"),
+];
+
+/// The tests that are about the kernel: redirect, attribution, layers, life of the programs, bypasses.
+const TESTS: [&str; 4] = ["redirect::", "caller::", "lifecycle::", "bypass::"];
+
+/// What the last line of a machine begins with; the tests' exit code follows.
+const MARK: &str = "IMDS-GUARD-VM-TEST";
+
+/// How long a machine may take: many times what it does.
+const TIMEOUT: Duration = Duration::from_secs(15 * 60);
+
+/// Runs the tests on each kernel; arguments are names of tests, in place of all.
+pub fn run(args: &[OsString]) -> Result<()> {
+    require_root(
+        "the tests need packages, and programs of the host",
+        "sudo -E env PATH=$PATH cargo xtask vm-test",
+    )?;
+    if std::env::consts::ARCH != "x86_64" {
+        bail!("vm-test knows Debian's kernels for x86-64 only, and this is another machine");
+    }
+    setup::run()?;
+    let missing: Vec<_> = NEEDS
+        .iter()
+        .filter(|(program, _)| process::find(program).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    if !missing.is_empty() {
+        apt::install(&missing)?;
+    }
+    let folder = workspace().join("target/vm");
+    fs::create_dir_all(&folder)?;
+    let kernels = kernels::provide(&folder)?;
+    let python = test::python()?;
+    let binaries = Binaries::build()?;
+
+    let mut image = Image::new(folder.join("root"))?;
+    image.add_programs(&python)?;
+    image.add_program(&binaries.tests)?;
+    image.add_program(&binaries.guard)?;
+    image.add_as_it_is(&workspace().join("tests/tests/snapshots"))?;
+
+    let tests: Vec<String> = if args.is_empty() {
+        TESTS.map(str::to_owned).to_vec()
+    } else {
+        args.iter()
+            .map(|arg| arg.to_string_lossy().into_owned())
+            .collect()
+    };
+    let init = init(&binaries, &tests.join(" "));
+    let mut failed = Vec::new();
+    for kernel in &kernels {
+        let file = folder.join("image.cpio");
+        image.write(kernel, &init, &file)?;
+        let begun = Instant::now();
+        let outcome = boot(
+            kernel,
+            &file,
+            &folder.join(format!("{}.log", kernel.release)),
+        )?;
+        let took = begun.elapsed().as_secs();
+        println!(
+            "vm-test: {}: {} in {took} s",
+            kernel.release, outcome.summary
+        );
+        if !outcome.passed {
+            failed.push(kernel.release.as_str());
+        }
+    }
+    if failed.is_empty() {
+        println!("vm-test: {} kernels passed, 0 failed", kernels.len());
+        Ok(())
+    } else {
+        bail!("the tests failed on {}", failed.join(", "))
+    }
+}
+
+/// What runs in a machine.
+struct Binaries {
+    tests: PathBuf,
+    guard: PathBuf,
+}
+
+impl Binaries {
+    fn build() -> Result<Self> {
+        let mut build = Command::new(cargo());
+        build
+            .args([
+                "test",
+                "--no-run",
+                "--locked",
+                "--package",
+                "imds-guard-tests",
+            ])
+            .args(["--test", "whole", "--message-format", "json"])
+            .stderr(Stdio::inherit())
+            .current_dir(workspace());
+        let messages = process::output(&mut build).context("the tests cannot be built")?;
+        let tests = messages
+            .lines()
+            .filter(|line| line.contains("\"name\":\"whole\""))
+            .filter_map(|line| line.split("\"executable\":\"").nth(1)?.split('"').next())
+            .next_back()
+            .context("cargo does not say where the tests are")?;
+        let tests = PathBuf::from(tests);
+        let guard = tests
+            .parent()
+            .and_then(Path::parent)
+            .context("the tests are in no folder")?
+            .join("guard-under-test");
+        Ok(Self { tests, guard })
+    }
+}
+
+fn init(binaries: &Binaries, tests: &str) -> String {
+    let path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin";
+    format!(
+        "#!/bin/busybox sh\n\
+         export PATH={path}\n\
+         busybox mount -t proc none /proc\n\
+         busybox mount -t sysfs none /sys\n\
+         busybox mount -t devtmpfs none /dev\n\
+         busybox ln -sf /proc/self/fd /dev/fd\n\
+         busybox mount -t cgroup2 none /sys/fs/cgroup\n\
+         busybox mount -t tmpfs none /tmp\n\
+         busybox ln -sf \"$(busybox which busybox)\" /sbin/modprobe\n\
+         echo /sbin/modprobe > /proc/sys/kernel/modprobe\n\
+         for module in veth dummy macvlan ipvlan sctp cls_bpf sch_ingress; do /sbin/modprobe $module; done\n\
+         ip link set lo up\n\
+         export RUST_BACKTRACE=0 RUST_LOG=warn INSTA_WORKSPACE_ROOT={workspace} \
+         IMDS_GUARD_TEST_PYTHON=/bin/python3\n\
+         cd /tmp\n\
+         {tests_binary} --test-threads=2 {tests}\n\
+         echo {MARK} $?\n\
+         busybox poweroff -f\n",
+        workspace = workspace().display(),
+        tests_binary = binaries.tests.display(),
+    )
+}
+
+struct Outcome {
+    passed: bool,
+    summary: String,
+}
+
+/// Boots a kernel and follows what it says, until it has said how the tests ended.
+fn boot(kernel: &Kernel, image: &Path, log: &Path) -> Result<Outcome> {
+    let mut machine = Command::new("qemu-system-x86_64")
+        // Hardware virtualisation is not everywhere where there is a /dev/kvm.
+        .args([
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-smp",
+            "2",
+            "-m",
+            "1536",
+        ])
+        .args(["-nographic", "-no-reboot", "-nic", "none", "-kernel"])
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(image)
+        .args(["-append", "console=ttyS0 quiet panic=-1"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("qemu cannot be started")?;
+    let output = machine.stdout.take().context("qemu says nothing")?;
+    let ended = Arc::new(AtomicBool::new(false));
+    let watchdog = watch(machine, Arc::clone(&ended));
+    let mut log = fs::File::create(log)?;
+    let mut summary = "did not finish".to_owned();
+    let mut passed = false;
+    for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+        writeln!(log, "{line}")?;
+        if line.starts_with("test ") || line.contains("panicked at") {
+            println!("{}: {line}", kernel.release);
+        }
+        if let Some((_, result)) = line.split_once("test result: ") {
+            summary = result
+                .split("; finished")
+                .next()
+                .unwrap_or(result)
+                .to_owned();
+        }
+        if let Some((_, code)) = line.split_once(MARK) {
+            passed = code.trim() == "0";
+        }
+    }
+    ended.store(true, Ordering::Relaxed);
+    if watchdog.join().is_err() {
+        bail!("qemu was not watched");
+    }
+    Ok(Outcome { passed, summary })
+}
+
+/// Ends a machine that does not end by itself.
+fn watch(mut machine: Child, ended: Arc<AtomicBool>) -> thread::JoinHandle<()> {
+    thread::spawn(move || {
+        let begun = Instant::now();
+        while begun.elapsed() < TIMEOUT && !ended.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(100));
+        }
+        let _ended_already = machine.kill();
+        let _reaped = machine.wait();
+    })
+}
