@@ -458,6 +458,44 @@ fn pass_listeners(command: &mut Command, listeners: &[OwnedFd]) {
     unsafe { command.pre_exec(pass) };
 }
 
+/// What the unit leaves the guard is enough to start, to judge, to be replaced and to stop.
+#[test]
+fn the_units_capabilities_are_enough() {
+    let unit = include_str!("../../packaging/systemd/imds-guard.service");
+    let line = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    let set: String = line
+        .unwrap()
+        .split(' ')
+        .map(|cap| format!(",+{}", cap.trim_start_matches("CAP_").to_lowercase()))
+        .collect();
+    let lab = lab();
+    let bounded = |more: &[&str]| {
+        let mut command = lab.command(Place::Guard, "setpriv");
+        command.args([
+            "--inh-caps",
+            "-all",
+            "--bounding-set",
+            &format!("-all{set}"),
+            GUARD,
+        ]);
+        command
+            .args(lab.guard_arguments())
+            .args(["--mode", "enforce"]);
+        command.args(more);
+        Guard::spawn(&mut command).unwrap()
+    };
+    let first = bounded(&[]);
+    ask_until(&lab, "401", &[]);
+    let second = bounded(&["--replace", "--on-stop", "detach"]);
+    assert!(first.wait().unwrap().0.success());
+    ask_until(&lab, "401", &[]);
+    assert!(second.stop().unwrap().0.success());
+    assert!(!lab.pins().exists());
+    ask_until(&lab, "200", &[]);
+}
+
 /// The layout's name must change when a map does: the next version adopts what it finds.
 #[test]
 fn the_pinned_layout_is_the_one_that_its_name_stands_for() {
