@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt as _;
 
 use imds_guard::{
     lab::{Place, fake_imds::SECRETS},
-    policy::caller::{Netns, Unresolved},
+    policy::caller::{Netns, Runtime, Unresolved},
 };
 use imds_guard_tests::{Sandbox, run};
 use nix::sys::signal::Signal;
@@ -53,6 +53,7 @@ fn everything_about_a_caller_is_there() {
     assert_eq!(caller.parents[1].exe.as_deref(), me.to_str());
     assert_eq!(caller.systemd_unit, None);
     assert_eq!(caller.container_id, None);
+    assert_eq!(caller.pod_uid, None);
     assert!(caller.started.unwrap().ends_with('Z'));
 }
 
@@ -67,6 +68,7 @@ fn containers_units_and_threads_are_told_apart() {
     run(docker.command("curl").args(["-s", &url]));
     let caller = sandbox.caller();
     assert_eq!(caller.container_id.as_deref(), Some(CONTAINER));
+    assert_eq!(caller.container_runtime, Some(Runtime::Docker));
     assert_eq!(caller.user, None, "a container's users are not the host's");
     assert_eq!(caller.netns, Netns::Other);
 
@@ -76,6 +78,12 @@ fn containers_units_and_threads_are_told_apart() {
     let forged = [within.path().to_str().unwrap(), "curl", "-s", &url];
     run(docker.command("sh").args(["-c", script]).args(forged));
     assert_eq!(sandbox.caller().container_id.as_deref(), Some(CONTAINER));
+
+    let pod = "kubepods-burstable-pod1a2b3c4d_1111_2222_3333_444455556666.slice";
+    let pod = sandbox.lab.add_room(Place::Container, pod).unwrap();
+    run(pod.command("curl").args(["-s", &url]));
+    let uid = "1a2b3c4d-1111-2222-3333-444455556666";
+    assert_eq!(sandbox.caller().pod_uid.as_deref(), Some(uid));
 
     let service = sandbox.lab.add_room(Place::Host, "backup.service").unwrap();
     run(service.command("curl").args(["-s", &url]));

@@ -5,7 +5,7 @@ use std::{env, fs, path::PathBuf, sync::Arc};
 use imds_guard::{
     policy::{
         Caller, Imds, Malformed, Mode, Reason, Verdict,
-        caller::{Netns, Parent, Sender, Unresolved},
+        caller::{Netns, Parent, Runtime, Sender, Unresolved},
     },
     record::{
         ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer, Packet,
@@ -65,6 +65,8 @@ fn v1_request() -> Request {
             user: Some("www-data".into()),
             systemd_unit: Some("backup.service".into()),
             container_id: None,
+            container_runtime: None,
+            pod_uid: None,
         }),
         latency_us: Latency {
             guard: 180,
@@ -108,11 +110,34 @@ fn unresolved_request() -> Request {
     }
 }
 
+fn request_from_a_pod() -> Request {
+    let named = v1_request();
+    Request {
+        verdict: Verdict::Allow,
+        reason: Reason::SessionToken,
+        imds: Some(Imds::V2),
+        status: 200,
+        hops: 2,
+        caller: Arc::new(Caller {
+            netns: Netns::Other,
+            cgroup: Some("/kubepods.slice/…".into()),
+            user: None,
+            systemd_unit: None,
+            container_id: Some("3f4a0e6d1b2c…".into()),
+            container_runtime: Some(Runtime::Containerd),
+            pod_uid: Some("1a2b3c4d-1111-2222-3333-444455556666".into()),
+            ..(*named.caller).clone()
+        }),
+        ..named
+    }
+}
+
 #[test]
 fn every_kind_of_event_is_written_as_documented() {
     let kinds = [
         Kind::Request(Box::new(v1_request())),
         Kind::Request(Box::new(unresolved_request())),
+        Kind::Request(Box::new(request_from_a_pod())),
         Kind::ConnectionRefused(RefusedConnection {
             reason: ConnectionRefusal::NotRedirected,
             peer: "10.88.0.2:40000".into(),

@@ -1,6 +1,7 @@
 //! From what the kernel saw to a named caller, read from `/proc` while the caller waits.
 
 mod cgroup;
+mod container;
 mod hierarchy;
 mod process;
 mod redact;
@@ -91,6 +92,8 @@ impl Resolver {
             user: None,
             systemd_unit: None,
             container_id: None,
+            container_runtime: None,
+            pod_uid: None,
         };
         let process = process::Process::open(&self.proc, origin);
         caller.netns = self.netns(origin, process.as_ref().ok());
@@ -116,7 +119,7 @@ impl Resolver {
             uid,
             cgroup_id,
             systemd_unit: cgroups.systemd_unit(),
-            container_id: cgroups.container_id(),
+            container_id: cgroups.container().id,
             cgroup: path,
         }
     }
@@ -127,7 +130,10 @@ impl Resolver {
         caller.started = process.started();
         caller.parents = process.parents(&self.proc);
         caller.systemd_unit = cgroup.systemd_unit();
-        caller.container_id = cgroup.container_id();
+        let container = cgroup.container();
+        caller.container_id = container.id;
+        caller.container_runtime = container.runtime;
+        caller.pod_uid = container.pod_uid;
         let host_user = caller.container_id.is_none() || cgroup.is_of_user();
         caller.cgroup = cgroup.path();
         if host_user {

@@ -60,6 +60,26 @@ pub struct Caller {
     /// Id of the container it runs in.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub container_id: Option<String>,
+    /// Who runs that container, where the cgroup's path says it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub container_runtime: Option<Runtime>,
+    /// UID of the Kubernetes pod it runs in; for static pods, the one that kubelet gave them.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub pod_uid: Option<String>,
+}
+
+/// Who runs a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Runtime {
+    /// Docker, also for ECS and cri-dockerd.
+    Docker,
+    /// containerd, for Kubernetes or nerdctl.
+    Containerd,
+    /// CRI-O.
+    Crio,
+    /// podman.
+    Podman,
 }
 
 /// An ancestor of the caller.
