@@ -1,8 +1,10 @@
 //! What the tests share: a sandbox with a guard at work in it.
 //!
-//! Tests need root, cgroup v2, curl and Python; one that misses something fails and says so, it is
+//! Tests need root, cgroup v2, curl, Python, and some of them Docker; one that misses something fails and says so, it is
 //! never skipped. Each makes namespaces and a cgroup of its own, so that all run at the same time,
 //! and leaves nothing behind, even if it is killed: see [`imds_guard::lab`].
+
+pub mod docker;
 
 use std::{
     ffi::OsStr,

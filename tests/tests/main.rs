@@ -6,6 +6,7 @@ mod bounds;
 mod caller;
 mod clients;
 mod command_line;
+mod containers;
 mod demo;
 mod events;
 mod faults;

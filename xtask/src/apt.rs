@@ -1,11 +1,13 @@
 //! Debian's and Ubuntu's packages.
 
 use std::{
+    fs,
+    path::Path,
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use xtask::process;
 
 use crate::privilege::is_root;
@@ -42,6 +44,52 @@ pub fn offers(packages: &[&str]) -> bool {
 pub fn has(package: &str) -> bool {
     let query = ["--show", "--showformat=${db:Status-Status}", package];
     process::output(Command::new("dpkg-query").args(query)).as_deref() == Some("installed")
+}
+
+/// Unpacks packages into a folder, where they neither start nor configure anything, and installs the
+/// libraries that they need.
+pub fn unpack(packages: &[&str], folder: &Path) -> Result<()> {
+    update()?;
+    let libraries = libraries(packages);
+    let missing: Vec<_> = libraries
+        .iter()
+        .map(String::as_str)
+        .filter(|library| !has(library))
+        .collect();
+    if !missing.is_empty() {
+        install(&missing)?;
+    }
+    let downloads = folder.with_extension("deb");
+    fs::create_dir_all(&downloads)
+        .with_context(|| format!("cannot create {}", downloads.display()))?;
+    process::run(
+        apt_get()
+            .args(["--option", "APT::Sandbox::User=root", "download"])
+            .args(packages)
+            .current_dir(&downloads),
+    )?;
+    for archive in fs::read_dir(&downloads)? {
+        let archive = archive?.path();
+        process::run(
+            Command::new("dpkg-deb")
+                .arg("--extract")
+                .arg(&archive)
+                .arg(folder),
+        )?;
+    }
+    fs::remove_dir_all(&downloads).with_context(|| format!("cannot remove {}", downloads.display()))
+}
+
+/// The libraries that packages depend on.
+fn libraries(packages: &[&str]) -> Vec<String> {
+    let mut query = Command::new("apt-cache");
+    query.args(["depends", "--important"]).args(packages);
+    let answer = process::output(&mut query).unwrap_or_default();
+    answer
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: lib"))
+        .map(|name| format!("lib{name}"))
+        .collect()
 }
 
 /// Installs packages, asking nothing and removing nothing; whoever is not root learns how.

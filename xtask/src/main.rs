@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     let task = args.next().unwrap_or_default();
     let args: Vec<_> = args.collect();
     let result = match task.to_str() {
-        Some("setup") => no_arguments(&args).and_then(|()| setup::run()),
+        Some("setup") => no_arguments(&args).and_then(|()| setup::run_for_tests()),
         Some("build") => build::run(&args),
         Some("demo") => demo::run(&args),
         Some("test") => test::run(&args),

@@ -20,6 +20,13 @@ type Need = (&'static str, &'static str);
 /// What demo and tests call.
 const NEEDS: [Need; 3] = [("curl", "curl"), ("ip", "iproute2"), ("python3", "python3")];
 
+/// What only the tests call.
+const TEST_NEEDS: [Need; 2] = [("busybox", "busybox-static"), ("iptables", "iptables")];
+
+/// The packages of Docker; some releases have its command line in one of its own.
+const DOCKER: [&str; 3] = ["docker.io", "containerd", "runc"];
+const DOCKER_CLI: &str = "docker-cli";
+
 /// What only the benchmark calls.
 const BENCH_NEEDS: [Need; 2] = [("nginx", "nginx-light"), ("wrk", "wrk")];
 
@@ -59,6 +66,38 @@ pub fn run() -> Result<()> {
         None => install_compiler()?,
     };
     install_linker(compiler)
+}
+
+/// Installs what the tests need on top.
+pub fn run_for_tests() -> Result<()> {
+    run()?;
+    let packages = missing(&TEST_NEEDS);
+    if !packages.is_empty() {
+        apt::install(&packages)?;
+    }
+    install_docker()
+}
+
+/// Puts Docker into the tools folder, unless the host has one. Installed as a package it would start,
+/// and change the host's firewall.
+fn install_docker() -> Result<()> {
+    let folder = bpf::tools().join("docker");
+    if process::find("dockerd").is_some() || folder.exists() {
+        return Ok(());
+    }
+    if !apt::is_here() {
+        bail!("this host has neither dockerd nor apt-get: install Docker with its package manager");
+    }
+    apt::update()?;
+    let mut packages = DOCKER.to_vec();
+    if apt::offers(&[DOCKER_CLI]) {
+        packages.push(DOCKER_CLI);
+    }
+    // Named as it is to be only when it is complete.
+    let unfinished = bpf::tools().join("docker-unfinished");
+    apt::unpack(&packages, &unfinished)?;
+    fs::rename(&unfinished, &folder)
+        .with_context(|| format!("cannot rename {}", unfinished.display()))
 }
 
 /// Installs what the benchmark needs on top.

@@ -24,7 +24,7 @@ pub fn run(args: &[OsString]) -> Result<()> {
         "the tests make network namespaces and cgroups, which needs root",
         "sudo -E env PATH=$PATH cargo xtask test",
     )?;
-    setup::run()?;
+    setup::run_for_tests()?;
     let python = python()?;
     let mut test = Command::new(cargo());
     test.args(["test", "--workspace", "--exclude", "imds-guard-ebpf"])
