@@ -73,8 +73,9 @@ pub struct Origin {
     pub comm: [u8; 16],
     /// What it asked for: a [`Family`] as number.
     pub family: u32,
-    /// Always 0: no byte of a map value may be left undefined.
-    pub padding: u32,
+    /// The initial sequence number of the connection, once its SYN has left; 0 before. A later one of
+    /// the same socket is another connection, which was not redirected.
+    pub sequence: u32,
 }
 
 impl Origin {

@@ -160,7 +160,7 @@ fn caller(ctx: &SockAddrContext, cookie: u64, family: Family) -> Origin {
         gid: (uid_gid >> 32) as u32,
         comm: bpf_get_current_comm().unwrap_or_default(),
         family: family as u32,
-        padding: 0,
+        sequence: 0,
     }
 }
 

@@ -102,20 +102,23 @@ fn publish(ctx: &SkBuffContext, skb: *mut __sk_buff, transport: u32) {
     };
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
-    // SAFETY: the entry is this socket's own, and not written while its SYN is sent.
-    match unsafe { maps::PENDING.get(cookie) } {
-        Some(origin) => {
-            if maps::FLOWS.insert(key, origin, BPF_ANY.into()).is_err() {
-                maps::count(Counter::PublishFailed);
-                warn!(
-                    ctx,
-                    "pid {} not published: the listener will refuse it", origin.pid
-                );
-            }
-        }
-        // Somebody connects to the listener without being redirected: it must not find an entry.
-        None => {
-            let _absent = maps::FLOWS.remove(key);
-        }
+    // SAFETY: the entry is this socket's own, and its SYNs are sent one after the other.
+    let pending = maps::PENDING
+        .get_ptr_mut(cookie)
+        .map(|origin| unsafe { &mut *origin })
+        .filter(|origin| origin.sequence == 0 || origin.sequence == key.sequence);
+    let Some(origin) = pending else {
+        // Somebody connects to the listener without being redirected, or not for this connection: it
+        // must not find an entry.
+        let _absent = maps::FLOWS.remove(key);
+        return;
+    };
+    origin.sequence = key.sequence;
+    if maps::FLOWS.insert(key, &*origin, BPF_ANY.into()).is_err() {
+        maps::count(Counter::PublishFailed);
+        warn!(
+            ctx,
+            "pid {} not published: the listener will refuse it", origin.pid
+        );
     }
 }

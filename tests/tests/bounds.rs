@@ -112,7 +112,7 @@ fn origin() -> Origin {
         gid: 0,
         comm: *b"test\0\0\0\0\0\0\0\0\0\0\0\0",
         family: 1,
-        padding: 0,
+        sequence: 0,
     }
 }
 

@@ -181,7 +181,7 @@ mod tests {
             gid: 0,
             comm: [0; 16],
             family: 1,
-            padding: 0,
+            sequence: 0,
         }
     }
 

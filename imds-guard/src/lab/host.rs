@@ -146,7 +146,9 @@ pub struct Lab {
     imds: FakeImds,
     bpffs: BpfFs,
     containers: AtomicU8,
-    _imds_ns: NetNs,
+    imds_ns: NetNs,
+    cgroup_root: PathBuf,
+    outsiders: AtomicU8,
 }
 
 impl Lab {
@@ -187,7 +189,9 @@ impl Lab {
             imds,
             bpffs: BpfFs::new().context("cannot make a BPF file system")?,
             containers,
-            _imds_ns: imds_ns,
+            imds_ns,
+            cgroup_root: config.cgroup_root,
+            outsiders: AtomicU8::new(0),
         })
     }
 
@@ -201,6 +205,12 @@ impl Lab {
     #[must_use]
     pub fn container(&self) -> &NetNs {
         self.container.ns()
+    }
+
+    /// The network namespace of the metadata service, which is also the host's neighbour and router.
+    #[must_use]
+    pub fn imds_ns(&self) -> &NetNs {
+        &self.imds_ns
     }
 
     /// The fake metadata service.
@@ -273,6 +283,19 @@ impl Lab {
     /// When the name is taken.
     pub fn add_room(&self, place: Place, name: &str) -> Result<Room> {
         let cgroup = make_cgroup(self.cgroup.path(), name)?;
+        Room::new(Arc::clone(&self.room(place).door.ns), cgroup)
+    }
+
+    /// A place's network for processes that a guard in this lab does not watch: their cgroup lies
+    /// outside the lab's. Like a virtual machine, they are known by their packets alone.
+    ///
+    /// # Errors
+    /// When the cgroup cannot be made.
+    pub fn add_outsider(&self, place: Place) -> Result<Room> {
+        let number = self.outsiders.fetch_add(1, Ordering::Relaxed);
+        let lab = self.cgroup.path().file_name().unwrap_or_default();
+        let name = format!("{}-outside-{number}", lab.display());
+        let cgroup = make_cgroup(&self.cgroup_root, &name)?;
         Room::new(Arc::clone(&self.room(place).door.ns), cgroup)
     }
 }
