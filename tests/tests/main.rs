@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed helper is a failed test")]
 
 mod bounds;
+mod bypass;
 mod caller;
 mod clients;
 mod command_line;

@@ -1,0 +1,145 @@
+//! Sockets that were made elsewhere, earlier or by somebody else than those who use them.
+
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    process::Stdio,
+};
+
+use imds_guard::{
+    lab::{Guard, Place, Room},
+    policy::{Verdict, caller::Netns},
+    record::{Kind, Layer},
+};
+use imds_guard_tests::{lab, python};
+
+use super::{assert_untouched, attack, enforced, packet, room};
+use crate::{GUARD, INSTANCE_ID_PATH};
+
+const SCRIPT: &str = include_str!("handed.py");
+
+/// C9: connected before the guard came; what it asks then does not leave.
+#[test]
+fn c9_a_socket_that_is_older_than_the_guard() {
+    for enforces in [false, true] {
+        let lab = lab();
+        let mut client = lab
+            .command(Place::Host, python())
+            .args(["-c", SCRIPT, "older"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(client.stdout.take().unwrap()).lines();
+        assert_eq!(said.next().unwrap().unwrap(), "connected");
+        let mode = if enforces { "enforce" } else { "audit" };
+        let guard = Guard::spawn(lab.guard_command(GUARD).args(["--mode", mode])).unwrap();
+        client.stdin.take().unwrap().write_all(b"go on\n").unwrap();
+        let Kind::Packet(seen) = guard.event().unwrap().kind else {
+            panic!("no packet was seen")
+        };
+        assert_eq!(seen.layer, Layer::Backstop);
+        let cgroup = seen.sender.unwrap().cgroup.unwrap();
+        assert!(cgroup.ends_with("/host"), "{cgroup}");
+        if enforces {
+            assert_eq!(seen.verdict, Verdict::Deny);
+            assert_eq!(lab.imds().counters().requests, 0);
+        } else {
+            assert_eq!(seen.verdict, Verdict::Audit);
+            assert_eq!(said.next().unwrap().unwrap(), "200");
+        }
+        client.kill().unwrap();
+        client.wait().unwrap();
+    }
+}
+
+/// What a client that moves to another cgroup says: who connected, and what came of it.
+fn come_apart(room: &Room, way: &str, to: &Room) -> (u32, String) {
+    let cgroup = to.cgroup().path().to_str().unwrap();
+    let printed = attack(room, SCRIPT, &[way, cgroup]);
+    let (pid, outcome) = printed.split_once('\n').unwrap_or((&printed, "nothing"));
+    (pid.parse().unwrap(), outcome.to_owned())
+}
+
+/// C5: the kernel programs belong to the cgroup that a socket was made in. From outside the watched
+/// one, the packets are stopped, whoever has the socket.
+#[test]
+fn c4_c5_a_socket_from_outside_is_stopped_on_the_uplink() {
+    for way in ["enter-then-connect", "passed"] {
+        let bare = lab();
+        let outside = bare.add_outsider(Place::Host).unwrap();
+        let (_, outcome) = come_apart(&outside, way, bare.room(Place::Host));
+        assert_eq!(outcome, "200", "{way}");
+        drop(outside);
+
+        let sandbox = enforced();
+        let outside = sandbox.lab.add_outsider(Place::Host).unwrap();
+        let cgroup = room(&sandbox, Place::Host).cgroup().path().to_owned();
+        let mut client = outside
+            .command(python())
+            .args(["-c", SCRIPT, way])
+            .arg(cgroup)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let seen = packet(&sandbox);
+        assert_eq!(
+            (seen.layer, seen.verdict),
+            (Layer::Perimeter, Verdict::Deny)
+        );
+        assert_untouched(&sandbox);
+        client.kill().unwrap();
+        client.wait().unwrap();
+    }
+}
+
+/// C5: a socket from inside stays redirected, wherever its process goes.
+#[test]
+fn c5_moving_out_of_the_watched_cgroup_does_not_help() {
+    let sandbox = enforced();
+    let outside = sandbox.lab.add_outsider(Place::Host).unwrap();
+    let host = room(&sandbox, Place::Host);
+    for way in ["enter-then-connect", "connect-then-enter", "passed"] {
+        let (pid, outcome) = come_apart(host, way, &outside);
+        assert_eq!(outcome, "401", "{way}");
+        let caller = sandbox.caller();
+        assert_eq!((caller.pid, caller.netns), (pid, Netns::Host), "{way}");
+    }
+    assert_untouched(&sandbox);
+}
+
+/// C4, C2: the one who connected is named, not the one who asks. Whoever gives away a connection
+/// speaks for those who have it.
+#[test]
+fn c2_c4_who_connected_answers_for_it() {
+    let sandbox = enforced();
+    let host = room(&sandbox, Place::Host);
+    for way in ["inherited", "dropped"] {
+        let (pid, outcome) = come_apart(host, way, host);
+        assert_eq!(outcome, "401", "{way}");
+        let caller = sandbox.caller();
+        assert_eq!((caller.pid, caller.uid), (pid, 0), "{way}");
+    }
+    // Of two cgroups the one that the process was in is named.
+    let sibling = sandbox.lab.add_room(Place::Host, "sibling").unwrap();
+    let (pid, outcome) = come_apart(host, "passed", &sibling);
+    assert_eq!(outcome, "401");
+    let caller = sandbox.caller();
+    assert_eq!(caller.pid, pid);
+    let cgroup = caller.cgroup.unwrap();
+    assert!(cgroup.ends_with("/sibling"), "{cgroup}");
+    assert_untouched(&sandbox);
+}
+
+/// C5: a cgroup namespace shows a process another path; the guard sees the true one.
+#[test]
+fn c5_cgroup_namespaces() {
+    let sandbox = enforced();
+    let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
+    let inside = ["--cgroup", "curl", "-s", "-o", "/dev/null", &url];
+    let mut unshare = room(&sandbox, Place::Host).command("unshare");
+    assert!(imds_guard_tests::run(unshare.args(inside)).status.success());
+    let cgroup = sandbox.caller().cgroup.unwrap();
+    assert!(cgroup.ends_with("/host"), "{cgroup}");
+    assert_untouched(&sandbox);
+}

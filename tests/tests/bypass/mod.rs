@@ -1,0 +1,67 @@
+//! Ways around the guard, each really tried, and each shown to lead to the metadata service where
+//! nobody stands in its way. `docs/threat-model.md` lists them by number.
+
+mod handed;
+mod packets;
+mod sockets;
+
+use imds_guard::{
+    lab::{Place, Room},
+    record::{Kind, Packet},
+};
+use imds_guard_tests::{Sandbox, python, run};
+
+use crate::GUARD;
+
+const ENFORCE: [&str; 2] = ["--mode", "enforce"];
+/// Lets everything pass, and reports it.
+const AUDIT: [&str; 2] = ["--mode", "audit"];
+
+/// Runs a script to its end. Returns what it printed.
+fn attack(room: &Room, script: &str, arguments: &[&str]) -> String {
+    let mut command = room.command(python());
+    let output = run(command.args(["-c", script]).args(arguments));
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// The next packet that a layer has seen.
+fn packet(sandbox: &Sandbox) -> Packet {
+    loop {
+        if let Kind::Packet(packet) = sandbox.guard.event().unwrap().kind {
+            return packet;
+        }
+    }
+}
+
+/// The next packet that comes from this port.
+fn packet_from(sandbox: &Sandbox, port: u16) -> Packet {
+    loop {
+        let packet = packet(sandbox);
+        if packet.source_port == Some(port) {
+            return packet;
+        }
+    }
+}
+
+fn enforced() -> Sandbox {
+    Sandbox::new(GUARD, &ENFORCE)
+}
+
+fn audited() -> Sandbox {
+    Sandbox::new(GUARD, &AUDIT)
+}
+
+/// Nothing has reached the metadata service.
+fn assert_untouched(sandbox: &Sandbox) {
+    let reached = sandbox.lab.imds().counters();
+    assert_eq!(reached, imds_guard::lab::Counters::default());
+}
+
+fn room(sandbox: &Sandbox, place: Place) -> &Room {
+    sandbox.lab.room(place)
+}
