@@ -292,11 +292,22 @@ impl Lab {
     /// # Errors
     /// When the cgroup cannot be made.
     pub fn add_outsider(&self, place: Place) -> Result<Room> {
+        self.outside(Arc::clone(&self.room(place).door.ns))
+    }
+
+    /// As [`Lab::add_outsider`], with an empty network of its own.
+    ///
+    /// # Errors
+    /// When the cgroup or the network cannot be made.
+    pub fn add_machine(&self) -> Result<Room> {
+        self.outside(Arc::new(new_ns()?))
+    }
+
+    fn outside(&self, ns: Arc<NetNs>) -> Result<Room> {
         let number = self.outsiders.fetch_add(1, Ordering::Relaxed);
         let lab = self.cgroup.path().file_name().unwrap_or_default();
         let name = format!("{}-outside-{number}", lab.display());
-        let cgroup = make_cgroup(&self.cgroup_root, &name)?;
-        Room::new(Arc::clone(&self.room(place).door.ns), cgroup)
+        Room::new(ns, make_cgroup(&self.cgroup_root, &name)?)
     }
 }
 

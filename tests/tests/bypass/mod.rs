@@ -2,8 +2,14 @@
 //! nobody stands in its way. `docs/threat-model.md` lists them by number.
 
 mod handed;
+mod listener;
+mod namespaces;
 mod packets;
+mod protocols;
 mod sockets;
+mod users;
+
+use std::process::{Command, Stdio};
 
 use imds_guard::{
     lab::{Place, Room},
@@ -20,10 +26,27 @@ const AUDIT: [&str; 2] = ["--mode", "audit"];
 /// Runs a script to its end. Returns what it printed.
 fn attack(room: &Room, script: &str, arguments: &[&str]) -> String {
     let mut command = room.command(python());
-    let output = run(command.args(["-c", script]).args(arguments));
+    ran(command.args(["-c", script]).args(arguments))
+}
+
+/// Begins a script that may never come to an end: it is killed with its room.
+fn begin(room: &Room, script: &str, arguments: &[&str]) {
+    room.command(python())
+        .args(["-c", script])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+}
+
+/// Runs a program that must do what it is told.
+fn ran(command: &mut Command) -> String {
+    let output = run(command);
     assert!(
         output.status.success(),
-        "{arguments:?}: {}",
+        "{command:?}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8_lossy(&output.stdout).trim().to_owned()

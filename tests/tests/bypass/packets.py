@@ -1,9 +1,9 @@
-"""Speaks TCP without the kernel's: usage MEANS VERSION SOURCE_PORT.
+"""Speaks TCP without the kernel's: usage MEANS VERSION SOURCE_PORT [ADDRESS PORT].
 
-Sends a SYN for the metadata service by the given means, and one to port 81, where nobody listens.
+Sends a SYN for the metadata service, or the given address, by the given means, and one to port 81, where nobody listens.
 The refusal of the latter travels the same way and comes later, so that nothing has to be waited for
 in vain. Prints `silence` if only that comes back; otherwise finishes the handshake, asks as IMDSv1,
-and prints `answered` with the status.
+and prints `answered` with the status, or `closed`.
 """
 import errno, json, os, socket, struct, subprocess, sys
 
@@ -11,10 +11,12 @@ means, version, mine = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 # Packets that one CPU sends and receives stay in order.
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 FAMILY = socket.AF_INET if version == 4 else socket.AF_INET6
-THERE = '169.254.169.254' if version == 4 else 'fd00:ec2::254'
+THERE, PORT = '169.254.169.254' if version == 4 else 'fd00:ec2::254', 80
+if len(sys.argv) > 4:
+    THERE, PORT = sys.argv[4], int(sys.argv[5])
 ETHERTYPE = 0x0800 if version == 4 else 0x86dd
 ARP = 0x0806
-SYN, PSH, ACK, RST = 2, 8, 16, 4
+FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 IPPROTO_RAW, ROUTING, FRAGMENT, DESTINATION = 255, 43, 44, 60
 SOL_PACKET, PACKET_QDISC_BYPASS, PACKET_OUTGOING = 263, 20, 4
 
@@ -149,18 +151,18 @@ def answers():
             yield port, flags, sequence, tcp[(offset >> 4) * 4:]
 
 
-send(80, SYN, 1000)
+send(PORT, SYN, 1000)
 send(81, SYN, 1000)
 for port, flags, sequence, data in answers():
     if port == 81 and flags & RST:
         print('silence')
         break
-    if port == 80 and flags & SYN:
+    if port == PORT and flags & SYN:
         request = b'GET /latest/meta-data/instance-id HTTP/1.0\r\n\r\n'
-        send(80, ACK, 1001, sequence + 1)
-        send(80, PSH | ACK, 1001, sequence + 1, request)
+        send(PORT, ACK, 1001, sequence + 1)
+        send(PORT, PSH | ACK, 1001, sequence + 1, request)
         for port, flags, sequence, data in answers():
-            if port == 80 and data:
-                print('answered', data.split()[1].decode())
+            if port == PORT and (data or flags & (FIN | RST)):
+                print('answered ' + data.split()[1].decode() if data else 'closed')
                 break
         break
