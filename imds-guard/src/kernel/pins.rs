@@ -10,9 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use aya::programs::links::FdLink;
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::{
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+    unistd::geteuid,
+};
 
 use crate::failure::Failure;
 
@@ -61,7 +64,7 @@ impl Pins {
         if !is_bpffs {
             return Err(Failure::Bpffs { path: root.into() });
         }
-        make_directory(root).with_context(|| format!("cannot make {}", root.display()))?;
+        make_directory(root)?;
         let others =
             fs::read_dir(root).with_context(|| format!("cannot read {}", root.display()))?;
         for other in others.flatten() {
@@ -74,8 +77,7 @@ impl Pins {
             }
         }
         let directory = root.join(LAYOUT);
-        make_directory(&directory)
-            .with_context(|| format!("cannot make {}", directory.display()))?;
+        make_directory(&directory)?;
         Ok(Self { directory })
     }
 
@@ -187,9 +189,23 @@ impl Pins {
     }
 }
 
-fn make_directory(path: &Path) -> io::Result<()> {
+/// Makes a directory, or makes sure that the one that is there is nobody else's: a BPF file system
+/// is open to everybody unless it was mounted otherwise.
+fn make_directory(path: &Path) -> anyhow::Result<()> {
     match DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => Ok(()),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(error).with_context(|| format!("cannot make {}", path.display()));
+        }
+        _ => {}
     }
+    let found =
+        fs::symlink_metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
+    let others_may_replace = found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0;
+    if !found.is_dir() || found.uid() != geteuid().as_raw() || others_may_replace {
+        bail!(
+            "{} must be a directory that nobody but this user may change: remove it",
+            path.display()
+        );
+    }
+    Ok(())
 }
