@@ -6,7 +6,7 @@ use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
     programs::TcContext,
 };
-use imds_guard_common::packet::Layer;
+use imds_guard_common::{addr::UNSPECIFIED, packet::Layer};
 
 use crate::{
     maps,
@@ -18,6 +18,24 @@ const ETH_HLEN: u32 = 14;
 const VLAN_HLEN: u32 = 4;
 const ETH_P_8021Q: u16 = 0x8100;
 const ETH_P_8021AD: u16 = 0x88a8;
+
+/// More than any network uses: one for a provider, one for its customer. A receiver may take off any
+/// number of tags that only say a priority, so a frame with more is not looked through, but stopped.
+const MAX_TAGS: usize = 2;
+
+/// What is said of a frame that nobody has looked into.
+const UNREAD: packet::Headers = packet::Headers {
+    source: UNSPECIFIED,
+    protocol: 0,
+    ttl: 0,
+    version: 4,
+    transport: None,
+};
+
+#[inline(always)]
+fn is_tag(kind: u16) -> bool {
+    kind == ETH_P_8021Q || kind == ETH_P_8021AD
+}
 
 /// Judges a frame. Others' frames leave after two loads and three compares.
 #[inline(always)]
@@ -47,12 +65,15 @@ fn passes(skb: *mut __sk_buff) -> Option<bool> {
     // From the frame itself: a packet socket can tell the kernel another protocol than it sends.
     let mut kind = u16::from_be_bytes(load(skb, 12)?);
     let mut network = ETH_HLEN;
-    for _ in 0..2 {
-        if kind != ETH_P_8021Q && kind != ETH_P_8021AD {
+    for _ in 0..MAX_TAGS {
+        if !is_tag(kind) {
             break;
         }
         kind = u16::from_be_bytes(load(skb, network + 2)?);
         network += VLAN_HLEN;
+    }
+    if is_tag(kind) {
+        return Some(packet::judge(skb, Layer::Perimeter, &UNREAD));
     }
     if kind == ETH_P_IP {
         let header = load::<20>(skb, network)?;
