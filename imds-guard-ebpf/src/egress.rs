@@ -102,11 +102,11 @@ fn publish(ctx: &SkBuffContext, skb: *mut __sk_buff, transport: u32) {
     };
     // SAFETY: the context is valid while the program runs.
     let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
-    // SAFETY: the entry is this socket's own, and its SYNs are sent one after the other.
-    let pending = maps::PENDING
-        .get_ptr_mut(cookie)
-        .map(|origin| unsafe { &mut *origin })
-        .filter(|origin| origin.sequence == 0 || origin.sequence == key.sequence);
+    let pending = maps::PENDING.get_ptr_mut(cookie).map(|origin| {
+        // SAFETY: the entry is this socket's own, and its SYNs are sent one after the other.
+        unsafe { &mut *origin }
+    });
+    let pending = pending.filter(|origin| origin.sequence == 0 || origin.sequence == key.sequence);
     let Some(origin) = pending else {
         // Somebody connects to the listener without being redirected, or not for this connection: it
         // must not find an entry.

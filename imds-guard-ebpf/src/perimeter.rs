@@ -49,7 +49,7 @@ pub fn egress(ctx: &TcContext) -> i32 {
     }
 }
 
-/// `None` if it is no whole IP packet.
+/// `None` if it is not for a metadata endpoint.
 #[inline(always)]
 fn passes(skb: *mut __sk_buff) -> Option<bool> {
     // Most frames leave here: they are for other addresses.
@@ -72,23 +72,24 @@ fn passes(skb: *mut __sk_buff) -> Option<bool> {
         kind = u16::from_be_bytes(load(skb, network + 2)?);
         network += VLAN_HLEN;
     }
-    if is_tag(kind) {
-        return Some(packet::judge(skb, Layer::Perimeter, &UNREAD));
-    }
-    if kind == ETH_P_IP {
+    let headers = if kind == ETH_P_IP {
         let header = load::<20>(skb, network)?;
         let to = u32::from_ne_bytes([header[16], header[17], header[18], header[19]]);
-        if to == maps::IMDS_V4.load() {
-            let headers = packet::headers4(&header, network);
-            return Some(packet::judge(skb, Layer::Perimeter, &headers));
+        if to != maps::IMDS_V4.load() {
+            return None;
         }
+        packet::headers4(&header, network)
     } else if kind == ETH_P_IPV6 {
         let header = load::<40>(skb, network)?;
         let (_, to) = packet::addresses6(&header);
-        if to == maps::IMDS_V6.load() {
-            let headers = packet::headers6(skb, &header, network);
-            return Some(packet::judge(skb, Layer::Perimeter, &headers));
+        if to != maps::IMDS_V6.load() {
+            return None;
         }
-    }
-    Some(true)
+        packet::headers6(skb, &header, network)
+    } else if is_tag(kind) {
+        UNREAD
+    } else {
+        return None;
+    };
+    Some(packet::judge(skb, Layer::Perimeter, &headers))
 }
