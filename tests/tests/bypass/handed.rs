@@ -1,18 +1,13 @@
 //! Sockets that were made elsewhere, earlier or by somebody else than those who use them.
 
-use std::{
-    io::{BufRead as _, BufReader, Write as _},
-    process::Stdio,
-};
-
 use imds_guard::{
     lab::{Guard, Place, Room},
     policy::{Verdict, caller::Netns},
     record::{Kind, Layer},
 };
-use imds_guard_tests::{lab, python};
+use imds_guard_tests::lab;
 
-use super::{assert_untouched, attack, enforced, packet, room};
+use super::{assert_untouched, attack, begin, enforced, packet, room, talk};
 use crate::{GUARD, INSTANCE_ID_PATH};
 
 const SCRIPT: &str = include_str!("handed.py");
@@ -22,18 +17,11 @@ const SCRIPT: &str = include_str!("handed.py");
 fn c9_a_socket_that_is_older_than_the_guard() {
     for enforces in [false, true] {
         let lab = lab();
-        let mut client = lab
-            .command(Place::Host, python())
-            .args(["-c", SCRIPT, "older"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut said = BufReader::new(client.stdout.take().unwrap()).lines();
-        assert_eq!(said.next().unwrap().unwrap(), "connected");
+        let (mut client, mut said) = talk(lab.room(Place::Host), SCRIPT, &["older"]);
+        assert_eq!(said(), "connected");
         let mode = if enforces { "enforce" } else { "audit" };
         let guard = Guard::spawn(lab.guard_command(GUARD).args(["--mode", mode])).unwrap();
-        client.stdin.take().unwrap().write_all(b"go on\n").unwrap();
+        client.tell();
         let Kind::Packet(seen) = guard.event().unwrap().kind else {
             panic!("no packet was seen")
         };
@@ -45,10 +33,8 @@ fn c9_a_socket_that_is_older_than_the_guard() {
             assert_eq!(lab.imds().counters().requests, 0);
         } else {
             assert_eq!(seen.verdict, Verdict::Audit);
-            assert_eq!(said.next().unwrap().unwrap(), "200");
+            assert_eq!(said(), "200");
         }
-        client.kill().unwrap();
-        client.wait().unwrap();
     }
 }
 
@@ -73,23 +59,14 @@ fn c4_c5_a_socket_from_outside_is_stopped_on_the_uplink() {
 
         let sandbox = enforced();
         let outside = sandbox.lab.add_outsider(Place::Host).unwrap();
-        let cgroup = room(&sandbox, Place::Host).cgroup().path().to_owned();
-        let mut client = outside
-            .command(python())
-            .args(["-c", SCRIPT, way])
-            .arg(cgroup)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let cgroup = room(&sandbox, Place::Host).cgroup().path();
+        let _client = begin(&outside, SCRIPT, &[way, cgroup.to_str().unwrap()]);
         let seen = packet(&sandbox);
         assert_eq!(
             (seen.layer, seen.verdict),
             (Layer::Perimeter, Verdict::Deny)
         );
         assert_untouched(&sandbox);
-        client.kill().unwrap();
-        client.wait().unwrap();
     }
 }
 

@@ -9,7 +9,10 @@ mod protocols;
 mod sockets;
 mod users;
 
-use std::process::{Command, Stdio};
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    process::{Child, Command, Stdio},
+};
 
 use imds_guard::{
     lab::{Place, Room},
@@ -29,16 +32,44 @@ fn attack(room: &Room, script: &str, arguments: &[&str]) -> String {
     ran(command.args(["-c", script]).args(arguments))
 }
 
-/// Begins a script that may never come to an end: it is killed with its room.
-fn begin(room: &Room, script: &str, arguments: &[&str]) {
-    room.command(python())
-        .args(["-c", script])
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+/// A program that may never come to an end by itself. Dropping it ends it.
+struct Begun(Child);
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        // It may have ended meanwhile.
+        let _killed = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}
+
+/// Begins a script, whatever it says.
+fn begin(room: &Room, script: &str, arguments: &[&str]) -> Begun {
+    let mut command = room.command(python());
+    command.args(["-c", script]).args(arguments);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    Begun(command.stderr(Stdio::null()).spawn().unwrap())
+}
+
+/// Begins a script that tells and waits to be told. Returns what it says, too, line by line.
+fn talk(room: &Room, script: &str, arguments: &[&str]) -> (Begun, impl FnMut() -> String + use<>) {
+    let mut command = room.command(python());
+    command.args(["-c", script]).args(arguments);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
+    (Begun(child), move || said.next().unwrap().unwrap())
+}
+
+impl Begun {
+    fn tell(&mut self) {
+        self.0
+            .stdin
+            .as_mut()
+            .unwrap()
+            .write_all(b"go on\n")
+            .unwrap();
+    }
 }
 
 /// Runs a program that must do what it is told.

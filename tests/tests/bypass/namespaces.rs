@@ -5,9 +5,9 @@ use imds_guard::{
     policy::{Verdict, caller::Netns},
     record::{ConnectionRefusal, Kind, Layer},
 };
-use imds_guard_tests::{lab, python, run};
+use imds_guard_tests::{lab, run};
 
-use super::{assert_untouched, attack, audited, begin, enforced, packet, ran, room};
+use super::{Begun, assert_untouched, attack, audited, begin, enforced, packet, ran, room, talk};
 use crate::INSTANCE_ID_PATH;
 
 const TRANSLATE: &str = include_str!("translate.py");
@@ -29,7 +29,7 @@ fn c9_translated_in_a_container() {
     let sandbox = enforced();
     let container = room(&sandbox, Place::Container);
     attack(container, TRANSLATE, &to_service);
-    begin(container, SOCKETS, &NOBODY);
+    let _client = begin(container, SOCKETS, &NOBODY);
     let seen = packet(&sandbox);
     assert_eq!((seen.layer, seen.verdict), (Layer::Backstop, Verdict::Deny));
     let cgroup = seen.sender.unwrap().cgroup.unwrap();
@@ -56,8 +56,8 @@ fn a1_translated_to_the_listener() {
 /// of this kind.
 fn machine_on_the_uplink(lab: &Lab, kind: &str, mode: &str) -> Option<Room> {
     let machine = lab.add_machine().unwrap();
-    let inhabitant = machine.command("sleep").arg("600").spawn().unwrap();
-    let pid = inhabitant.id().to_string();
+    let inhabitant = Begun(machine.command("sleep").arg("600").spawn().unwrap());
+    let pid = inhabitant.0.id().to_string();
     let link = ["link", "add", "link", "eth0", "name", "nic0", "netns", &pid];
     let added = run(lab
         .command(Place::Host, "ip")
@@ -94,7 +94,7 @@ fn c9_interfaces_on_top_of_the_uplink() {
 
         let sandbox = enforced();
         let machine = machine_on_the_uplink(&sandbox.lab, kind, mode).unwrap();
-        begin(&machine, SOCKETS, &["plain"]);
+        let _client = begin(&machine, SOCKETS, &["plain"]);
         let seen = packet(&sandbox);
         assert_eq!(
             (seen.layer, seen.verdict),
@@ -118,7 +118,7 @@ fn c9_connections_that_are_forwarded() {
     let sandbox = enforced();
     for address in ["169.254.169.254", "fd00:ec2::254"] {
         let machine = sandbox.lab.add_outsider(Place::Container).unwrap();
-        begin(&machine, SOCKETS, &["plain", address]);
+        let _client = begin(&machine, SOCKETS, &["plain", address]);
         let seen = packet(&sandbox);
         assert_eq!(
             (seen.layer, seen.verdict),
@@ -183,17 +183,10 @@ s.connect_ex(('169.254.169.254', 80))
 s.settimeout(20)
 "
     );
-    let hold = format!("{from_there}print('sent', flush=True)\nwhile True: os.read(0, 1)\n");
+    let hold = format!("{from_there}print('sent', flush=True)\nos.read(0, 1)\n");
     // The one has sent its SYN, and keeps sending.
-    let mut holder = other.command(python());
-    let mut holder = holder
-        .args(["-c", &hold])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut sent = [0; 5];
-    std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut sent).unwrap();
+    let (_holder, mut said) = talk(&other, &hold, &[]);
+    assert_eq!(said(), "sent");
 
     let ask = format!(
         "{from_there}
@@ -212,7 +205,5 @@ print(os.getpid(), s.recv(100).split()[1].decode())
         (pid, Netns::Other)
     );
     assert!(caller.cgroup.unwrap().ends_with("/container"));
-    holder.kill().unwrap();
-    holder.wait().unwrap();
     assert_untouched(&sandbox);
 }

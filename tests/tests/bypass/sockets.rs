@@ -11,7 +11,7 @@ use imds_guard::{
 };
 use imds_guard_tests::{Sandbox, lab};
 
-use super::{assert_untouched, attack, enforced, packet, room};
+use super::{assert_untouched, attack, begin, enforced, packet, room};
 
 const SCRIPT: &str = include_str!("sockets.py");
 const ADDRESSES: [&str; 3] = ["169.254.169.254", "fd00:ec2::254", "::ffff:169.254.169.254"];
@@ -144,13 +144,9 @@ fn c9_io_uring() {
 fn c9_source_routes() {
     let sandbox = enforced();
     for place in [Place::Host, Place::Container] {
-        let mut command = room(&sandbox, place).command(imds_guard_tests::python());
-        command.args(["-c", SCRIPT, "source-route"]);
-        let mut client = command.spawn().unwrap();
+        let _client = begin(room(&sandbox, place), SCRIPT, &["source-route"]);
         let seen = packet(&sandbox);
         assert_eq!((seen.layer, seen.verdict), (Layer::Backstop, Verdict::Deny));
-        client.kill().unwrap();
-        client.wait().unwrap();
     }
     assert_untouched(&sandbox);
 }

@@ -2,22 +2,20 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Write as _},
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink},
-    process::Stdio,
 };
 
 use imds_guard::{
     lab::{Guard, Place},
     policy::caller::Unresolved,
 };
-use imds_guard_tests::{Sandbox, lab, python};
+use imds_guard_tests::{Sandbox, lab};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
-use super::{ENFORCE, assert_untouched, attack, enforced, room};
+use super::{Begun, ENFORCE, assert_untouched, attack, enforced, room, talk};
 use crate::{GUARD, INSTANCE_ID_PATH};
 
 /// C7: the forms of an IPv4 address that the C library takes for the same one.
@@ -112,23 +110,16 @@ fn c8_a_reused_process_id_is_not_taken_for_the_caller() {
     let sandbox = enforced();
     let guard = Pid::from_raw(i32::try_from(sandbox.guard.pid()).unwrap());
     kill(guard, Signal::SIGSTOP).unwrap();
-    let mut client = room(&sandbox, Place::Host)
-        .command(python())
-        .args(["-c", include_str!("reuse.py")])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = BufReader::new(client.stdout.take().unwrap()).lines();
-    let first: u32 = said.next().unwrap().unwrap().parse().unwrap();
+    let host = room(&sandbox, Place::Host);
+    let (mut client, mut said) = talk(host, include_str!("reuse.py"), &[]);
+    let first: u32 = said().parse().unwrap();
     kill(guard, Signal::SIGCONT).unwrap();
     let caller = sandbox.caller();
     assert_eq!((caller.pid, caller.resolved), (first, false));
     assert_eq!(caller.unresolved, Some(Unresolved::PidReused));
     assert_eq!(caller.exe, None);
-    client.stdin.take().unwrap().write_all(b"\n").unwrap();
-    assert_eq!(said.next().unwrap().unwrap(), "401");
-    assert!(client.wait().unwrap().success());
+    client.tell();
+    assert_eq!(said(), "401");
     assert_untouched(&sandbox);
 }
 
@@ -149,11 +140,11 @@ fn e1_pins_and_events_are_roots_alone() {
                 Ok(())
             })
         };
-        command.spawn().unwrap()
+        Begun(command.spawn().unwrap())
     };
     let started = || fs::read_to_string(&events).is_ok_and(|text| text.ends_with('\n'));
     while !started() {
-        assert_eq!(guard.try_wait().unwrap(), None, "the guard did not start");
+        assert_eq!(guard.0.try_wait().unwrap(), None, "the guard did not start");
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     let is_roots_alone = |path: &std::path::Path| {
@@ -175,8 +166,6 @@ fn e1_pins_and_events_are_roots_alone() {
         }
     }
     assert!(pins > 10, "{pins} pins");
-    guard.kill().unwrap();
-    guard.wait().unwrap();
 }
 
 /// E1, E2: a BPF file system is open to everybody unless it was mounted otherwise. Somebody who was
