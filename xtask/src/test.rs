@@ -13,12 +13,12 @@ use xtask::{
     workspace,
 };
 
-use crate::{privilege::require_root, setup};
+use crate::{privilege::require_root, setup, vm};
 
 /// Tells the tests which Python has boto3.
 const PYTHON_VARIABLE: &str = "IMDS_GUARD_TEST_PYTHON";
 
-/// Becomes `cargo test`.
+/// Runs `cargo test`, and then the kernel tests on other kernels, unless some tests were asked for.
 pub fn run(args: &[OsString]) -> Result<()> {
     require_root(
         "the tests make network namespaces and cgroups, which needs root",
@@ -31,7 +31,12 @@ pub fn run(args: &[OsString]) -> Result<()> {
         .arg("--locked")
         .args(args)
         .env(PYTHON_VARIABLE, python);
-    process::become_command(test.current_dir(workspace()))
+    test.current_dir(workspace());
+    if !args.is_empty() {
+        return process::become_command(&mut test);
+    }
+    process::run(&mut test)?;
+    vm::run(&[])
 }
 
 /// The Python of a virtual environment that holds exactly `tests/requirements.txt`.

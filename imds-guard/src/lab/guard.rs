@@ -19,8 +19,8 @@ use nix::{
 use super::Lab;
 use crate::record::{Event, Kind, Request};
 
-/// How long to wait for something that should happen at once, on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long to wait for something that should happen at once, on a busy machine that may be emulated.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// `imds-guard run` on a lab's host, watching all of the lab. It is killed with the lab at the
 /// latest.

@@ -112,7 +112,10 @@ impl Apt {
             }
         }
         if !found {
-            bail!("the kernels are Debian's, and this host has no apt source of Debian's");
+            bail!(
+                "the kernels are Debian's, and this host has no apt source of Debian's; `cargo xtask test \
+             --tests` leaves other kernels out"
+            );
         }
         let option = |name: &str, value: &Path| format!("--option={name}={}", value.display());
         let apt = Self {

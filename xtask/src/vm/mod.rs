@@ -167,7 +167,7 @@ fn init(binaries: &Binaries, tests: &str) -> String {
          for module in veth dummy macvlan ipvlan sctp cls_bpf sch_ingress; do /sbin/modprobe $module; done\n\
          ip link set lo up\n\
          export RUST_BACKTRACE=0 RUST_LOG=warn INSTA_WORKSPACE_ROOT={workspace} \
-         IMDS_GUARD_TEST_PYTHON=/bin/python3\n\
+         IMDS_GUARD_TEST_PYTHON=/bin/python3 IMDS_GUARD_TEST_RESTARTS=3\n\
          cd /tmp\n\
          {tests_binary} --test-threads=2 {tests}\n\
          echo {MARK} $?\n\
