@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use rtnetlink::{
     Handle, MulticastGroup, new_multicast_connection,
-    packet_route::link::{LinkAttribute, LinkLayerType, LinkMessage},
+    packet_route::link::{LinkAttribute, LinkInfo, LinkLayerType, LinkMessage},
 };
 
 use super::with_netlink;
@@ -39,7 +39,10 @@ impl Link {
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(is) => name = Some(is),
-                LinkAttribute::LinkInfo(info) => has_kind |= !info.is_empty(),
+                // One that belongs to a bridge or bond says so here, too, and is still a card.
+                LinkAttribute::LinkInfo(info) => {
+                    has_kind |= info.iter().any(|info| matches!(info, LinkInfo::Kind(_)));
+                }
                 _ => {}
             }
         }
@@ -113,5 +116,37 @@ impl LinkWatch {
             .next()
             .await
             .context("the interfaces are not watched any more")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rtnetlink::packet_route::link::{InfoKind, InfoPortKind};
+
+    use super::*;
+
+    fn is_physical(info: &[LinkInfo]) -> bool {
+        let mut message = LinkMessage::default();
+        message.header.link_layer_type = LinkLayerType::Ether;
+        message
+            .attributes
+            .extend([LinkAttribute::IfName("eth0".into())]);
+        if !info.is_empty() {
+            message
+                .attributes
+                .push(LinkAttribute::LinkInfo(info.to_vec()));
+        }
+        Link::of(message).unwrap().is_physical
+    }
+
+    #[test]
+    fn a_card_stays_one_on_a_bridge() {
+        assert!(is_physical(&[]));
+        assert!(is_physical(&[LinkInfo::PortKind(InfoPortKind::Bridge)]));
+        assert!(!is_physical(&[LinkInfo::Kind(InfoKind::Veth)]));
+        assert!(!is_physical(&[
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::PortKind(InfoPortKind::Bridge),
+        ]));
     }
 }
