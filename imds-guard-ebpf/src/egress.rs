@@ -114,7 +114,7 @@ fn publish(ctx: &SkBuffContext, skb: *mut __sk_buff, transport: u32) {
         return;
     };
     origin.sequence = key.sequence;
-    if maps::FLOWS.insert(key, &*origin, BPF_ANY.into()).is_err() {
+    if maps::FLOWS.insert(key, *origin, BPF_ANY.into()).is_err() {
         maps::count(Counter::PublishFailed);
         warn!(
             ctx,
