@@ -114,6 +114,10 @@ def connected():
         s.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS,
                      bytes([131, 7, 4]) + socket.inet_aton('169.254.169.254') + b'\0')
         s.connect(('172.31.16.1', 80))
+    elif way == 'source-route-by-host':
+        s.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS,
+                     bytes([131, 7, 4]) + socket.inet_aton('10.88.0.1') + b'\0')
+        s.connect(THERE)
     elif way == 'zone':
         s.connect((address, 80, 0, socket.if_nametoindex('eth0')))
     elif way == 'resolved':

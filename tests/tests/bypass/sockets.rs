@@ -95,7 +95,7 @@ fn c9_tcp_fast_open() {
     );
 }
 
-/// C1: a socket that was redirected once does not reach the listener by itself.
+/// A1: a socket that was redirected once does not reach the listener by itself.
 #[test]
 fn a1_a_socket_that_was_redirected_before_is_not_known_at_the_listener() {
     let sandbox = Sandbox::new(crate::GUARD, &["--mode", "audit"]);
@@ -148,6 +148,25 @@ fn c9_source_routes() {
         let seen = packet(&sandbox);
         assert_eq!((seen.layer, seen.verdict), (Layer::Backstop, Verdict::Deny));
     }
+    assert_untouched(&sandbox);
+}
+
+/// C9: a source route for which a virtual machine addresses the host, which sends it on.
+#[test]
+fn c9_source_routes_over_the_host() {
+    let sandbox = enforced();
+    for links in ["all", "ctr0"] {
+        let name = format!("ipv4/conf/{links}/accept_source_route");
+        sandbox.lab.host().sysctl(&name, "1").unwrap();
+    }
+    let machine = sandbox.lab.add_outsider(Place::Container).unwrap();
+    let _client = begin(&machine, SCRIPT, &["source-route-by-host"]);
+    let seen = packet(&sandbox);
+    assert_eq!(
+        (seen.layer, seen.verdict),
+        (Layer::Perimeter, Verdict::Deny)
+    );
+    assert_eq!(seen.came_from.as_deref(), Some("ctr0"));
     assert_untouched(&sandbox);
 }
 
