@@ -9,6 +9,7 @@ mod clients;
 mod command_line;
 mod containers;
 mod demo;
+mod doctor;
 mod events;
 mod faults;
 mod lab;

@@ -1,7 +1,10 @@
 //! `imds-guard doctor`.
 
+mod reach;
+
 use std::{
-    net::{IpAddr, UdpSocket},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     path::Path,
     process::ExitCode,
 };
@@ -11,7 +14,8 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use serde::Serialize;
 
 use crate::{
-    config::{IMDS_V4, IMDS_V6},
+    config::{IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4, LISTENER_V6, Pair},
+    failure::Failure,
     kernel::probe,
 };
 
@@ -20,7 +24,11 @@ pub const ABOUT: &str = "\
 Checks whether this host has what imds-guard needs: kernel, BTF, BPF features, cgroup v2, \
 capabilities, bpffs, and routes to the metadata addresses. Changes nothing and sends nothing.
 
-Exit code 0 if imds-guard can run, 1 if something that it needs is missing.";
+With --from, checks instead whether the guard that is running here can be reached from another network \
+namespace, such as a container's, by connecting to it. The guard records that as `connection_refused`.
+
+Exit code 0 if imds-guard can run or be reached, 1 if not, 2 for a bad option or argument, 10 without \
+the privileges for --from.";
 
 /// Arguments of `imds-guard doctor`.
 #[derive(Args)]
@@ -28,6 +36,18 @@ pub struct Arguments {
     /// Print JSON, for machines
     #[arg(long)]
     json: bool,
+
+    /// Check whether the guard can be reached from the network namespace of a process, or from one that
+    /// a file keeps, such as /run/netns/NAME. The process of a container is told by
+    /// `docker inspect -f '{{.State.Pid}}' NAME` or `crictl inspect -o go-template --template
+    /// '{{.info.pid}}' ID`
+    #[arg(long, value_name = "PID|PATH")]
+    from: Option<String>,
+
+    /// The guard's own address, as for `imds-guard run`
+    /// [default: 169.254.171.254:254 and [fd00:ec2::a9fe:abfe]:254]
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "from")]
+    listen: Vec<SocketAddr>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Serialize)]
@@ -56,9 +76,40 @@ struct Report {
     checks: Vec<Check>,
 }
 
-/// Checks everything, and prints it.
-pub fn main(arguments: &Arguments) -> ExitCode {
-    let checks = vec![
+/// Checks what was asked for, and prints it.
+pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let (checks, verdicts) = match &arguments.from {
+        Some(from) => {
+            let listeners = Pair::new(LISTENER_V4, LISTENER_V6, LISTENER_PORT)
+                .with(&arguments.listen, "--listen")?;
+            let verdicts = [
+                "imds-guard can be reached from there.",
+                "imds-guard cannot be reached from there.",
+            ];
+            (reach::checks(from, listeners)?, verdicts)
+        }
+        None => {
+            let verdicts = ["imds-guard can run here.", "imds-guard cannot run here."];
+            (host(), verdicts)
+        }
+    };
+    let report = Report {
+        ready: checks.iter().all(|check| check.status != Status::Missing),
+        checks,
+    };
+    if arguments.json {
+        let json = serde_json::to_string_pretty(&report).map_err(anyhow::Error::from)?;
+        println!("{json}");
+    } else {
+        print(&report);
+        println!("\n{}", verdicts[usize::from(!report.ready)]);
+    }
+    Ok(ExitCode::from(u8::from(!report.ready)))
+}
+
+/// What this host has of what imds-guard needs.
+fn host() -> Vec<Check> {
+    vec![
         capabilities(),
         kernel(),
         pid_namespace(),
@@ -66,34 +117,9 @@ pub fn main(arguments: &Arguments) -> ExitCode {
         features(),
         cgroup(),
         bpffs(),
-        route(
-            "route to 169.254.169.254",
-            "0.0.0.0:0",
-            &format!("{IMDS_V4}:80"),
-        ),
-        route(
-            "route to fd00:ec2::254",
-            "[::]:0",
-            &format!("[{IMDS_V6}]:80"),
-        ),
-    ];
-    let report = Report {
-        ready: checks.iter().all(|check| check.status != Status::Missing),
-        checks,
-    };
-    if arguments.json {
-        match serde_json::to_string_pretty(&report) {
-            Ok(json) => println!("{json}"),
-            Err(error) => eprintln!("imds-guard: the report cannot be written: {error}"),
-        }
-    } else {
-        print(&report);
-    }
-    if report.ready {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+        route("route to 169.254.169.254", IMDS_V4.into()),
+        route("route to fd00:ec2::254", IMDS_V6.into()),
+    ]
 }
 
 fn print(report: &Report) {
@@ -108,15 +134,6 @@ fn print(report: &Report) {
             println!("{:<8}{:<26}→ {advice}", "", "");
         }
     }
-    println!();
-    println!(
-        "{}",
-        if report.ready {
-            "imds-guard can run here."
-        } else {
-            "imds-guard cannot run here."
-        }
-    );
 }
 
 impl Check {
@@ -239,15 +256,14 @@ fn bpffs() -> Check {
     }
 }
 
-/// Asks the kernel which way a packet would take; connecting a UDP socket sends nothing.
-fn route(name: &'static str, from: &str, to: &str) -> Check {
-    let local = UdpSocket::bind(from)
-        .and_then(|socket| socket.connect(to).map(|()| socket))
-        .and_then(|socket| socket.local_addr());
-    match local {
-        Ok(local) => Check::ok(
+fn route(name: &'static str, to: IpAddr) -> Check {
+    match way_to((to, IMDS_PORT).into()) {
+        Ok(from) => Check::ok(
             name,
-            format!("from {}{}", local.ip(), interface_of(local.ip())),
+            match interface_with(from) {
+                Some(interface) => format!("from {from} on {interface}"),
+                None => format!("from {from}"),
+            },
         ),
         Err(error) => Check::note(
             name,
@@ -258,16 +274,27 @@ fn route(name: &'static str, from: &str, to: &str) -> Check {
     }
 }
 
-/// ` on NAME`, for the interface that has an address.
-fn interface_of(address: IpAddr) -> String {
+/// Asks the kernel which way a packet would take, and returns the address it would come from.
+/// Connecting a UDP socket sends nothing.
+fn way_to(address: SocketAddr) -> io::Result<IpAddr> {
+    let any: IpAddr = match address {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(address)?;
+    Ok(socket.local_addr()?.ip())
+}
+
+/// The interface that has an address.
+fn interface_with(address: IpAddr) -> Option<String> {
     let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
-    let name = interfaces.into_iter().find_map(|interface| {
+    interfaces.into_iter().find_map(|interface| {
         let storage = interface.address?;
         let found = match address {
             IpAddr::V4(v4) => storage.as_sockaddr_in()?.ip() == v4,
             IpAddr::V6(v6) => storage.as_sockaddr_in6()?.ip() == v6,
         };
         found.then_some(interface.interface_name)
-    });
-    name.map(|name| format!(" on {name}")).unwrap_or_default()
+    })
 }

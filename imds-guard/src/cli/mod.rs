@@ -46,7 +46,7 @@ enum Command {
     /// Show it at work, without EC2, in throw-away namespaces
     #[command(long_about = demo::ABOUT)]
     Demo(demo::Arguments),
-    /// Check whether this host has what imds-guard needs
+    /// Check whether this host has what imds-guard needs, or a container can reach it
     #[command(long_about = doctor::ABOUT)]
     Doctor(doctor::Arguments),
 }
@@ -61,7 +61,7 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => status::main(&arguments),
         Command::Detach(arguments) => detach::main(&arguments),
         Command::Demo(arguments) => demo::main(&arguments),
-        Command::Doctor(arguments) => return doctor::main(&arguments),
+        Command::Doctor(arguments) => doctor::main(&arguments),
     };
     match done {
         Ok(code) => code,

@@ -2,14 +2,15 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::{fs, io, panic, thread};
 
 use nix::sched::{CloneFlags, setns, unshare};
 
 use super::links;
 
-/// A network namespace without a name: it ends with its last file descriptor and process, also when
-/// this process is killed.
+/// A network namespace. One that was made here has no name: it ends with its last file descriptor and
+/// process, also when this process is killed.
 #[derive(Debug)]
 pub struct NetNs {
     fd: OwnedFd,
@@ -34,6 +35,15 @@ impl NetNs {
             ns.sysctl(&format!("ipv6/conf/{links}/accept_dad"), "0")?;
         }
         Ok(ns)
+    }
+
+    /// One that is there already, by a file such as `/proc/PID/ns/net`.
+    ///
+    /// # Errors
+    /// There is no such file. Whether it is a namespace shows when it is entered.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let fd = File::open(path)?.into();
+        Ok(Self { fd })
     }
 
     /// Runs `task` on a fresh thread inside the namespace. Sockets and processes made there belong to
