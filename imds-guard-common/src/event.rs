@@ -9,7 +9,7 @@ pub enum Counter {
     /// The guard's own upstream connections, let through.
     Exempt = 1,
     /// Connections that could not be served, refused in enforce mode: their caller could not be
-    /// remembered, or there is no listener for IPv6.
+    /// remembered, there is no listener for IPv6, or their socket is bound to another interface.
     Refused = 2,
     /// The same, let past the guard in audit mode.
     Bypassed = 3,

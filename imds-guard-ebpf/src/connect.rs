@@ -7,7 +7,7 @@ use aya_ebpf::{
         bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
         generated::{
             bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie,
-            bpf_ktime_get_boot_ns,
+            bpf_ktime_get_boot_ns, bpf_setsockopt,
         },
     },
     programs::SockAddrContext,
@@ -24,6 +24,8 @@ use crate::maps;
 const ALLOW: i32 = 1;
 /// `connect(2)` fails with EPERM.
 const REFUSE: i32 = 0;
+const SOL_SOCKET: i32 = 1;
+const SO_BINDTODEVICE: i32 = 25;
 const IPPROTO_TCP: u32 = 6;
 const IPPROTO_MPTCP: u32 = 262;
 
@@ -115,6 +117,7 @@ fn claim(ctx: &SockAddrContext, family: Family, served: bool) -> Claim {
     let origin = caller(ctx, cookie, family);
     // A second connect on the same socket replaces the first.
     if !served
+        || !can_reach(ctx, origin.netns_cookie)
         || maps::PENDING
             .insert(cookie, origin, BPF_ANY.into())
             .is_err()
@@ -135,6 +138,33 @@ fn claim(ctx: &SockAddrContext, family: Family, served: bool) -> Claim {
     maps::count(Counter::Redirected);
     debug!(ctx, "pid {} redirected, socket {}", origin.pid, cookie);
     Claim::Redirect
+}
+
+/// Whether the listener can be reached: not by a socket of the guard's own network namespace that is bound
+/// to an interface, as the listener is on another one. Such a socket is freed, if its owner could do so
+/// (from 5.7 on that takes CAP_NET_RAW).
+#[inline(always)]
+fn can_reach(ctx: &SockAddrContext, netns_cookie: u64) -> bool {
+    // SAFETY: the context is valid while the program runs, and its socket is there.
+    let is_bound = unsafe {
+        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        !sk.is_null() && (*sk).bound_dev_if != 0
+    };
+    if !is_bound || netns_cookie != maps::OWN_NETNS.load() {
+        return true;
+    }
+    let mut none = [0_u8; 4];
+    // SAFETY: the buffer has the length that is said.
+    let failed = unsafe {
+        bpf_setsockopt(
+            ctx.as_ptr(),
+            SOL_SOCKET,
+            SO_BINDTODEVICE,
+            none.as_mut_ptr().cast(),
+            none.len() as i32,
+        )
+    };
+    failed == 0
 }
 
 #[inline(always)]

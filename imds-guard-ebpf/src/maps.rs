@@ -37,6 +37,10 @@ pub static LISTENER_V6: Global<Words> = Global::new([0; 4]);
 #[unsafe(no_mangle)]
 pub static LISTENER_PORT: Global<u32> = Global::new(0);
 
+/// Cookie of the guard's own network namespace; 0 where the kernel does not tell it (before 5.14).
+#[unsafe(no_mangle)]
+pub static OWN_NETNS: Global<u64> = Global::new(0);
+
 /// What to do, and whether anybody is there. Written by the daemon; read only for connections and
 /// packets to a metadata endpoint.
 #[btf_map]

@@ -361,8 +361,9 @@ fn privileges_that_are_not_needed_are_gone() {
 fn doctor_says_what_is_there_and_what_is_missing() {
     let lab = lab();
     let doctor = |before: &[&str]| {
-        let words = [before, &[GUARD, "doctor", "--json"]].concat();
-        let output = run(lab.command(Place::Host, words[0]).args(&words[1..]));
+        let words = [before, &[GUARD, "doctor", "--json", "--pins"]].concat();
+        let mut doctor = lab.command(Place::Host, words[0]);
+        let output = run(doctor.args(&words[1..]).arg(lab.pins()));
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         (output.status.code(), report)
     };
@@ -378,6 +379,7 @@ fn doctor_says_what_is_there_and_what_is_missing() {
         "kernel",
         "BPF features",
         "cgroup v2",
+        "bpffs",
         "route to 169.254.169.254",
         "route to fd00:ec2::254",
     ] {

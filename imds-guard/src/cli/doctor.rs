@@ -5,18 +5,17 @@ mod reach;
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use clap::Args;
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use serde::Serialize;
 
 use crate::{
     config::{IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4, LISTENER_V6, Pair},
     failure::Failure,
-    kernel::probe,
+    kernel::{PINS, Pins, probe},
 };
 
 /// For `--help`.
@@ -36,6 +35,10 @@ pub struct Arguments {
     /// Print JSON, for machines
     #[arg(long)]
     json: bool,
+
+    /// Where the kernel programs and maps are to be pinned
+    #[arg(long, value_name = "PATH", default_value = PINS)]
+    pins: PathBuf,
 
     /// Check whether the guard can be reached from the network namespace of a process, or from one that
     /// a file keeps, such as /run/netns/NAME. The process of a container is told by
@@ -90,7 +93,7 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
         }
         None => {
             let verdicts = ["imds-guard can run here.", "imds-guard cannot run here."];
-            (host(), verdicts)
+            (host(&arguments.pins), verdicts)
         }
     };
     let report = Report {
@@ -108,7 +111,7 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
 }
 
 /// What this host has of what imds-guard needs.
-fn host() -> Vec<Check> {
+fn host(pins: &Path) -> Vec<Check> {
     vec![
         capabilities(),
         kernel(),
@@ -116,7 +119,7 @@ fn host() -> Vec<Check> {
         btf(),
         features(),
         cgroup(),
-        bpffs(),
+        bpffs(pins),
         route("route to 169.254.169.254", IMDS_V4.into()),
         route("route to fd00:ec2::254", IMDS_V6.into()),
     ]
@@ -242,16 +245,18 @@ fn cgroup() -> Check {
     }
 }
 
-fn bpffs() -> Check {
+fn bpffs(pins: &Path) -> Check {
     const NAME: &str = "bpffs";
-    const PATH: &str = "/sys/fs/bpf";
-    if statfs(PATH).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC) {
-        Check::ok(NAME, PATH)
+    if Pins::can_be_at(pins) {
+        Check::ok(NAME, format!("for {}", pins.display()))
     } else {
-        Check::note(
+        Check::missing(
             NAME,
-            format!("no bpffs on {PATH}"),
-            "not needed yet; mount it with `mount -t bpf bpf /sys/fs/bpf`",
+            format!(
+                "none for {}, where the kernel programs are kept",
+                pins.display()
+            ),
+            Some("mount it with `mount -t bpf bpf /sys/fs/bpf`, as systemd does, or use --pins"),
         )
     }
 }

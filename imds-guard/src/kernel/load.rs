@@ -62,11 +62,17 @@ pub struct Counters(PerCpuArray<MapData, u64>);
 
 impl Kernel {
     /// Loads the programs; nothing is attached yet. Without a listener for IPv6, connections to the
-    /// IPv6 endpoint are refused in enforce mode, and left alone in audit mode.
+    /// IPv6 endpoint are refused in enforce mode, and left alone in audit mode. `netns_cookie` is that of
+    /// the listeners' network namespace, where the kernel tells it.
     ///
     /// # Errors
     /// [`Failure::KernelFeature`] if the kernel lacks something; otherwise what the verifier said.
-    pub fn load(settings: &Settings, ipv6: bool, pins: &Pins) -> Result<Self, Failure> {
+    pub fn load(
+        settings: &Settings,
+        ipv6: bool,
+        netns_cookie: Option<u64>,
+        pins: &Pins,
+    ) -> Result<Self, Failure> {
         // Before 5.11 maps count against RLIMIT_MEMLOCK. Where that cannot be raised, loading says
         // so itself.
         let unlimited = libc::RLIM_INFINITY;
@@ -87,6 +93,7 @@ impl Kernel {
             addr::UNSPECIFIED
         };
         let listener_port = network_order(listeners.v4.port());
+        let own_netns = netns_cookie.unwrap_or_default();
         let log_level = kernel_level(settings.kernel_log);
 
         let mut loader = EbpfLoader::new();
@@ -97,6 +104,7 @@ impl Kernel {
             .override_global("LISTENER_V4", &listener_v4, true)
             .override_global("LISTENER_V6", &listener_v6, true)
             .override_global("LISTENER_PORT", &listener_port, true)
+            .override_global("OWN_NETNS", &own_netns, true)
             .override_global(aya_log::LEVEL, &log_level, true);
         let logs = settings.kernel_log != LevelFilter::Off;
         if !logs {

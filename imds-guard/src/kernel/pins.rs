@@ -52,16 +52,21 @@ pub struct Pins {
 pub struct Charge(#[expect(dead_code, reason = "held, not read")] File);
 
 impl Pins {
+    /// Whether a directory, or the one it is to be made in, is in a BPF file system.
+    #[must_use]
+    pub fn can_be_at(root: &Path) -> bool {
+        let parent = root.parent().unwrap_or(root);
+        [root, parent]
+            .iter()
+            .any(|path| statfs(*path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC))
+    }
+
     /// The pins below a directory of a BPF file system.
     ///
     /// # Errors
     /// [`Failure::Bpffs`] if it is none; [`Failure::Layout`] if there are pins of another layout.
     pub fn open(root: &Path) -> Result<Self, Failure> {
-        let parent = root.parent().unwrap_or(root);
-        let is_bpffs = [root, parent]
-            .iter()
-            .any(|path| statfs(*path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC));
-        if !is_bpffs {
+        if !Self::can_be_at(root) {
             return Err(Failure::Bpffs { path: root.into() });
         }
         make_directory(root)?;

@@ -247,7 +247,7 @@ pub struct Counts {
     /// The guard's own connections to the metadata service.
     pub exempt: u64,
     /// Connections refused in the kernel because they could not be served: no memory to remember
-    /// their caller, or no listener for IPv6 (enforce).
+    /// their caller, no listener for IPv6, or a socket bound to an interface (enforce).
     pub refused: u64,
     /// Connections that went past the guard for the same reasons (audit).
     pub bypassed: u64,

@@ -104,7 +104,8 @@ fn serve_from(
     let events = event_output(settings.events.as_deref())?;
     let (mut addresses, ipv6) = Addresses::claim(settings)?;
     let listeners = listeners(settings, ipv6, &mut post.listeners)?;
-    let mut kernel = Kernel::load(settings, ipv6, pins)?;
+    let netns_cookie = netns_cookie(&listeners);
+    let mut kernel = Kernel::load(settings, ipv6, netns_cookie, pins)?;
     let maps = kernel.take_maps()?;
     for listener in &listeners {
         kernel.shield(listener)?;
@@ -113,7 +114,6 @@ fn serve_from(
     if post.takes_over_from.is_none() {
         maps.exempt.forget_all();
     }
-    let netns_cookie = netns_cookie(&listeners);
     privileges::raise_file_limit(settings.limits.connections);
     privileges::reduce().context("privileges cannot be given up")?;
 

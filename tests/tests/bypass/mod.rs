@@ -119,3 +119,9 @@ fn assert_untouched(sandbox: &Sandbox) {
 fn room(sandbox: &Sandbox, place: Place) -> &Room {
     sandbox.lab.room(place)
 }
+
+/// Whether the guard knows its own network namespace in the kernel (`SO_NETNS_COOKIE`, Linux 5.14).
+fn sockets_can_be_unbound() -> bool {
+    let release = nix::sys::utsname::uname().unwrap().release().to_owned();
+    !release.to_string_lossy().starts_with("5.10.")
+}

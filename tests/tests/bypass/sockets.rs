@@ -11,7 +11,7 @@ use imds_guard::{
 };
 use imds_guard_tests::{Sandbox, lab};
 
-use super::{assert_untouched, attack, begin, enforced, packet, room};
+use super::{assert_untouched, attack, begin, enforced, packet, room, sockets_can_be_unbound};
 
 const SCRIPT: &str = include_str!("sockets.py");
 const ADDRESSES: [&str; 3] = ["169.254.169.254", "fd00:ec2::254", "::ffff:169.254.169.254"];
@@ -171,7 +171,8 @@ fn c9_source_routes_over_the_host() {
 }
 
 /// C9: a socket that is bound to an interface is turned to the guard like any other. In a container
-/// that leads to the guard; the host's own interface does not, so that the client gets nothing.
+/// that leads to the guard; the host's own interface does not, so the socket is freed from it, or refused
+/// at once where its owner could not do that.
 #[test]
 fn c9_sockets_bound_to_an_interface() {
     let sandbox = enforced();
@@ -180,6 +181,21 @@ fn c9_sockets_bound_to_an_interface() {
     assert_eq!(answer, "401");
     assert_refused(&sandbox, pid, Place::Container);
     let printed = attack(room(&sandbox, Place::Host), SCRIPT, &["device"]);
-    assert_eq!(outcome(&printed).1, "EHOSTUNREACH");
+    let (pid, answer) = outcome(&printed);
+    if sockets_can_be_unbound() {
+        assert_eq!(answer, "401");
+        assert_refused(&sandbox, pid, Place::Host);
+        let script = "
+import errno, os, socket
+s = socket.socket()
+s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'eth0')
+os.setuid(65534)
+print(errno.errorcode[s.connect_ex(('169.254.169.254', 80))])
+";
+        let printed = attack(room(&sandbox, Place::Host), script, &[]);
+        assert_eq!(printed, "EPERM");
+    } else {
+        assert_eq!(answer, "EHOSTUNREACH");
+    }
     assert_untouched(&sandbox);
 }
