@@ -21,7 +21,8 @@ Usage: cargo xtask TASK [ARGUMENTS]
   build [ARGS]     build the workspace; ARGS go to `cargo build`
   demo  [ARGS]     build imds-guard and show it at work; ARGS go to `imds-guard demo`
   test  [ARGS]     run all tests (needs root); ARGS go to `cargo test`
-  vm-test [TESTS]  run the kernel tests on older kernels, in qemu (needs root)
+  vm-test [ARGS]   run the kernel tests on older kernels, in qemu (needs root); ARGS are
+                   kernels (5.10) and tests, in place of all
   lint             rustfmt, clippy (the kernel programs too) and cargo-deny
   bench [ARGS]     measure what the guard costs (needs root); ARGS go to the benchmark
 ";

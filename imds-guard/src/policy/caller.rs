@@ -128,7 +128,7 @@ pub enum Unresolved {
     Gone,
     /// Its pid belongs to a process that started after the connection was made.
     PidReused,
-    /// The kernel connected on behalf of a process that it does not tell (io_uring before Linux 5.12).
+    /// The kernel connected on behalf of a process that it does not tell (io_uring before Linux 5.10.162).
     KernelThread,
     /// `/proc` could not be read.
     Unreadable,

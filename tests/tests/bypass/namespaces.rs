@@ -83,17 +83,13 @@ fn machine(lab: &Lab, add: &str) -> Option<Room> {
 }
 
 /// How machines come by a network card, and whether every kernel has the means.
-const CARDS: [(&str, bool); 4] = [
+const CARDS: [(&str, bool); 3] = [
     (
         "link add link eth0 name nic0 netns THERE type macvlan mode bridge",
         true,
     ),
     (
         "link add link eth0 name nic0 netns THERE type ipvlan mode l2",
-        false,
-    ),
-    (
-        "link add link eth0 name nic0 netns THERE type ipvlan mode l3",
         false,
     ),
     (

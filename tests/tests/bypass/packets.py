@@ -27,7 +27,7 @@ def ip(*arguments):
 
 
 # The kernel, which knows nothing of this connection, would reset it.
-ip('rule', 'add', 'blackhole', 'ipproto', 'tcp', 'sport', str(mine))
+ip('rule', 'add', 'blackhole', 'ipproto', str(socket.IPPROTO_TCP), 'sport', str(mine))
 # Makes the neighbour known, too.
 try:
     socket.create_connection((THERE, 81), timeout=20)

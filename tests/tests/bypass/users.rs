@@ -111,12 +111,14 @@ tried('sockets', lambda: os.listdir(f'/proc/{guard}/fd'))
 #[test]
 fn c8_a_reused_process_id_is_not_taken_for_the_caller() {
     let sandbox = enforced();
-    let guard = Pid::from_raw(i32::try_from(sandbox.guard.pid()).unwrap());
-    kill(guard, Signal::SIGSTOP).unwrap();
     let host = room(&sandbox, Place::Host);
     let (mut client, mut said) = talk(host, include_str!("reuse.py"), &[]);
+    assert_eq!(said(), "ready");
+    // For a moment only: a guard that stands still for longer counts as dead.
+    sandbox.guard.signal(Signal::SIGSTOP).unwrap();
+    client.tell();
     let first: u32 = said().parse().unwrap();
-    kill(guard, Signal::SIGCONT).unwrap();
+    sandbox.guard.signal(Signal::SIGCONT).unwrap();
     let caller = sandbox.caller();
     assert_eq!((caller.pid, caller.resolved), (first, false));
     assert_eq!(caller.unresolved, Some(Unresolved::PidReused));

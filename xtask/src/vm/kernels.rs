@@ -26,10 +26,11 @@ pub struct Kernel {
     pub modules: PathBuf,
 }
 
-/// All lines' newest kernels, fetched unless they are here already.
-pub fn provide(folder: &Path) -> Result<Vec<Kernel>> {
+/// The newest kernels of these lines, or of all, fetched unless they are here already.
+pub fn provide(folder: &Path, lines: &[String]) -> Result<Vec<Kernel>> {
     LINES
         .iter()
+        .filter(|(line, _)| lines.is_empty() || lines.iter().any(|wanted| wanted == line))
         .map(|(line, suite)| {
             let here = folder.join(line);
             if let Some(kernel) = unpacked(&here) {

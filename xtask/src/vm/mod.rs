@@ -49,7 +49,8 @@ const MARK: &str = "IMDS-GUARD-VM-TEST";
 /// How long a machine may take: many times what it does.
 const TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
-/// Runs the tests on each kernel; arguments are names of tests, in place of all.
+/// Runs the tests on each kernel. Arguments are names of tests, in place of all, and kernel lines such as
+/// `5.10`, in place of all.
 pub fn run(args: &[OsString]) -> Result<()> {
     require_root(
         "the tests need packages, and programs of the host",
@@ -69,7 +70,11 @@ pub fn run(args: &[OsString]) -> Result<()> {
     }
     let folder = workspace().join("target/vm");
     fs::create_dir_all(&folder)?;
-    let kernels = kernels::provide(&folder)?;
+    let (lines, tests): (Vec<String>, Vec<String>) = args
+        .iter()
+        .map(|arg| arg.to_string_lossy().into_owned())
+        .partition(|arg| arg.starts_with(|c: char| c.is_ascii_digit()));
+    let kernels = kernels::provide(&folder, &lines)?;
     let python = test::python()?;
     let binaries = Binaries::build()?;
 
@@ -79,12 +84,10 @@ pub fn run(args: &[OsString]) -> Result<()> {
     image.add_program(&binaries.guard)?;
     image.add_as_it_is(&workspace().join("tests/tests/snapshots"))?;
 
-    let tests: Vec<String> = if args.is_empty() {
+    let tests = if tests.is_empty() {
         TESTS.map(str::to_owned).to_vec()
     } else {
-        args.iter()
-            .map(|arg| arg.to_string_lossy().into_owned())
-            .collect()
+        tests
     };
     let init = init(&binaries, &tests.join(" "));
     let mut failed = Vec::new();
