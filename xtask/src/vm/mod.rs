@@ -164,7 +164,7 @@ fn init(binaries: &Binaries, tests: &str) -> String {
          busybox mount -t devtmpfs none /dev\n\
          busybox ln -sf /proc/self/fd /dev/fd\n\
          busybox mount -t cgroup2 none /sys/fs/cgroup\n\
-         busybox mount -t tmpfs none /tmp\n\
+         busybox chmod 1777 /tmp\n\
          busybox ln -sf \"$(busybox which busybox)\" /sbin/modprobe\n\
          echo /sbin/modprobe > /proc/sys/kernel/modprobe\n\
          for module in veth dummy macvlan ipvlan sctp cls_bpf sch_ingress; do /sbin/modprobe $module; done\n\
