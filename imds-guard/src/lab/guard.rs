@@ -69,13 +69,13 @@ impl Guard {
             match guard.event() {
                 Ok(event) if matches!(event.kind, Kind::Started(_)) => return Ok(guard),
                 Ok(_) => {}
-                Err(_) => {
+                Err(error) => {
                     let _ended_already = guard.child.kill();
                     let status = guard
                         .child
                         .wait()
                         .context("the guard cannot be waited for")?;
-                    bail!("the guard did not start: {status}");
+                    bail!("the guard did not start: {error}, {status}");
                 }
             }
         }
