@@ -5,6 +5,7 @@
 //! and leaves nothing behind, even if it is killed: see [`imds_guard::lab`].
 
 pub mod docker;
+pub mod load;
 
 use std::{
     ffi::OsStr,

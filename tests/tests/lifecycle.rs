@@ -1,13 +1,13 @@
 //! The daemon is killed, stopped, restarted and replaced; the kernel programs know what to do.
 
 use std::{
-    io::{IoSliceMut, Write as _},
+    io::IoSliceMut,
     os::{
         fd::{AsRawFd, FromRawFd as _, OwnedFd},
         unix::{net::UnixDatagram, process::CommandExt as _},
     },
     path::Path,
-    process::{Child, Command, Output, Stdio},
+    process::{Command, Output},
     sync::mpsc::channel,
     thread,
 };
@@ -16,7 +16,11 @@ use imds_guard::{
     kernel::Pins,
     lab::{Guard, Lab, NetNs, Place, links},
 };
-use imds_guard_tests::{Sandbox, curl, lab, python, run};
+use imds_guard_tests::{
+    Sandbox, curl, lab,
+    load::{Load, v1_load},
+    python, run,
+};
 use nix::sys::{
     signal::Signal,
     socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg},
@@ -237,86 +241,6 @@ fn later_uplinks_are_guarded() {
     std::fs::remove_file(&log).unwrap();
 }
 
-/// Clients that fetch tokens and use them, each time on new connections, until they are told to stop.
-struct Load(Child);
-
-impl Load {
-    fn start(lab: &Lab) -> Self {
-        let script = format!(
-            r"
-import http.client, sys, threading, time
-done = threading.Event()
-served, failed = [], []
-def ask(method, path, headers):
-    client = http.client.HTTPConnection('169.254.169.254', 80, timeout=25)
-    client.request(method, path, headers=headers)
-    answer = client.getresponse()
-    body = answer.read().decode()
-    client.close()
-    if answer.status != 200:
-        raise OSError(answer.status)
-    return body
-def work():
-    while not done.is_set():
-        try:
-            token = ask('PUT', '/latest/api/token', {{'X-aws-ec2-metadata-token-ttl-seconds': '60'}})
-            ask('GET', '{INSTANCE_ID_PATH}', {{'X-aws-ec2-metadata-token': token}})
-            served.append(1)
-        except Exception as error:
-            failed.append(repr(error))
-            time.sleep(0.01) # as long as nobody is there, everybody has the processors
-threads = [threading.Thread(target=work) for _ in range(4)]
-for thread in threads: thread.start()
-sys.stdin.read()
-done.set()
-for thread in threads: thread.join()
-print(len(served), len(failed), failed[:5])
-"
-        );
-        let child = lab
-            .command(Place::Host, python())
-            .args(["-c", &script])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        Self(child)
-    }
-
-    /// How many rounds were served, how many failed, and how.
-    fn stop(mut self) -> (usize, usize, String) {
-        self.0.stdin.take().unwrap().flush().unwrap();
-        let output = self.0.wait_with_output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let last = text.lines().last().unwrap_or_default().to_owned();
-        let mut words = last.splitn(3, ' ');
-        let mut number = || words.next().unwrap().parse().unwrap();
-        (number(), number(), last.clone())
-    }
-}
-
-/// Requests without a token, on and on.
-fn v1_load(lab: &Lab) -> Child {
-    let script = format!(
-        r"
-import http.client, sys, threading, time
-def work():
-    while True:
-        try:
-            client = http.client.HTTPConnection('169.254.169.254', 80, timeout=25)
-            client.request('GET', '{INSTANCE_ID_PATH}')
-            client.getresponse().read()
-        except Exception:
-            time.sleep(0.01)
-for _ in range(2): threading.Thread(target=work, daemon=True).start()
-sys.stdin.read()
-"
-    );
-    let mut command = lab.command(Place::Host, python());
-    command.args(["-c", &script]).stdin(Stdio::piped());
-    command.spawn().unwrap()
-}
-
 /// How often the tests restart under load; measured with more.
 fn restarts() -> usize {
     let more = std::env::var("IMDS_GUARD_TEST_RESTARTS");
@@ -328,8 +252,8 @@ fn restarts() -> usize {
 fn g4_killed_in_a_loop_under_load() {
     let lab = lab();
     let mut guard = enforcing(&lab, &[]);
-    let load = Load::start(&lab);
-    let mut v1 = v1_load(&lab);
+    let load = Load::start(&lab, INSTANCE_ID_PATH);
+    let mut v1 = v1_load(&lab, INSTANCE_ID_PATH);
     for _ in 0..restarts() {
         guard.kill().unwrap();
         guard = enforcing(&lab, &[]);
@@ -350,7 +274,7 @@ fn g4_killed_in_a_loop_under_load() {
 fn replacing_it_under_load_loses_no_request() {
     let lab = lab();
     let mut guard = enforcing(&lab, &[]);
-    let load = Load::start(&lab);
+    let load = Load::start(&lab, INSTANCE_ID_PATH);
     for _ in 0..restarts() {
         let next = enforcing(&lab, &["--replace"]);
         let (status, _) = guard.wait().unwrap();
@@ -387,7 +311,7 @@ fn restarting_it_with_stored_listeners_loses_no_request() {
     });
     let stored = stored.recv().unwrap();
     assert_eq!(stored.len(), 2);
-    let load = Load::start(&lab);
+    let load = Load::start(&lab, INSTANCE_ID_PATH);
     for _ in 0..restarts() {
         let (status, _) = guard.stop().unwrap();
         assert!(status.success());

@@ -110,7 +110,8 @@ fn serve_from(
     for listener in &listeners {
         kernel.shield(listener)?;
     }
-    addresses.take_on(settings.listeners, maps.control.get().addresses);
+    // Others' are not ours to remove if this start fails.
+    let added = addresses.bits() | maps.control.get().addresses;
     if post.takes_over_from.is_none() {
         maps.exempt.forget_all();
     }
@@ -146,17 +147,17 @@ fn serve_from(
         resolver,
         recorder: recorder.clone(),
     };
-    let ended =
-        runtime.block_on(guard.serve(maps, listeners, post.takes_over_from, addresses.bits()));
+    let ended = runtime.block_on(guard.serve(maps, listeners, post.takes_over_from, added));
     // Ends every task, and with them the last recorders. A thread that reads the command line of a
     // process that does not let it is left behind.
     runtime.shutdown_timeout(settings.limits.drain);
     drop(recorder);
     writer.finish();
-    if !matches!(ended, Ok(Ended::Detached) | Err(_)) {
-        addresses.leave();
+    match ended? {
+        Ended::Detached => addresses.take_on(settings.listeners, added),
+        Ended::Kept | Ended::HandedOver => addresses.leave(),
     }
-    ended.map(|_| ())
+    Ok(())
 }
 
 /// What became of the kernel programs.

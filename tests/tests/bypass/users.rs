@@ -10,10 +10,7 @@ use imds_guard::{
     policy::caller::Unresolved,
 };
 use imds_guard_tests::{Sandbox, lab};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 
 use super::{
     Begun, ENFORCE, assert_untouched, attack, enforced, room, sockets_can_be_unbound, talk,
