@@ -176,6 +176,10 @@ fn host_sources() -> Vec<PathBuf> {
 /// A source with another release in place of its own; nothing if it is not Debian's.
 fn for_suite(source: &str, suite: &str) -> Option<String> {
     const RELEASES: [&str; 6] = ["bullseye", "bookworm", "trixie", "forky", "stable", "sid"];
+    // Others have releases of these names, too, but not all of them.
+    if !source.contains("debian") {
+        return None;
+    }
     let release = RELEASES
         .into_iter()
         .find(|release| source.contains(release))?;

@@ -113,7 +113,11 @@ pub fn run(args: &[OsString]) -> Result<()> {
         println!("vm-test: {} kernels passed, 0 failed", kernels.len());
         Ok(())
     } else {
-        bail!("the tests failed on {}", failed.join(", "))
+        bail!(
+            "the tests failed on {}: {} has all that was said",
+            failed.join(", "),
+            folder.join("RELEASE.log").display()
+        )
     }
 }
 
@@ -214,21 +218,20 @@ fn boot(kernel: &Kernel, image: &Path, log: &Path) -> Result<Outcome> {
     let mut log = fs::File::create(log)?;
     let mut summary = "did not finish".to_owned();
     let mut passed = false;
+    let mut explains = false;
     for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
         let line = String::from_utf8_lossy(&line).trim_end().to_owned();
         writeln!(log, "{line}")?;
-        if line.starts_with("test ") || line.contains("panicked at") {
+        explains |= line == "failures:";
+        if let Some((_, result)) = line.split_once("test result: ") {
+            explains = false;
+            summary = counts(result);
+        } else if explains || line.starts_with("test ") {
             println!("{}: {line}", kernel.release);
         }
-        if let Some((_, result)) = line.split_once("test result: ") {
-            summary = result
-                .split("; finished")
-                .next()
-                .unwrap_or(result)
-                .to_owned();
-        }
         if let Some((_, code)) = line.split_once(MARK) {
-            passed = code.trim() == "0";
+            // Names that match no test are a mistake.
+            passed = code.trim() == "0" && !summary.starts_with("0 ");
         }
     }
     ended.store(true, Ordering::Relaxed);
@@ -236,6 +239,16 @@ fn boot(kernel: &Kernel, image: &Path, log: &Path) -> Result<Outcome> {
         bail!("qemu was not watched");
     }
     Ok(Outcome { passed, summary })
+}
+
+/// How many passed and failed, of all that the tests' last line says.
+fn counts(result: &str) -> String {
+    let counts: Vec<_> = result
+        .split(['.', ';'])
+        .map(str::trim)
+        .filter(|count| count.ends_with(" passed") || count.ends_with(" failed"))
+        .collect();
+    counts.join(", ")
 }
 
 /// Ends a machine that does not end by itself.
