@@ -54,7 +54,7 @@ fn a1_translated_to_the_listener() {
 
 /// A machine on the host's own network, with an interface that `add` makes; `None` if the kernel
 /// has none of this kind.
-fn machine(lab: &Lab, add: &str) -> Option<Room> {
+fn machine(lab: &Lab, add: &str, address: &str) -> Option<Room> {
     let machine = lab.add_machine().unwrap();
     let inhabitant = Begun(machine.command("sleep").arg("600").spawn().unwrap());
     let pid = inhabitant.0.id().to_string();
@@ -73,28 +73,37 @@ fn machine(lab: &Lab, add: &str) -> Option<Room> {
         }
     }
     for arguments in [
-        "addr add 172.31.16.20/24 dev nic0",
+        &format!("addr add {address}/24 dev nic0"),
         "link set nic0 up",
-        "route add 169.254.169.254 via 172.31.16.1",
+        "route add 169.254.169.254 dev nic0",
     ] {
         ran(machine.command("ip").args(arguments.split(' ')));
     }
     Some(machine)
 }
 
-/// How machines come by a network card, and whether every kernel has the means.
-const CARDS: [(&str, bool); 3] = [
+/// How machines come by a network card, their address, and whether every kernel has the means.
+const CARDS: [(&str, &str, bool); 4] = [
     (
         "link add link eth0 name nic0 netns THERE type macvlan mode bridge",
+        "172.31.16.20",
         true,
     ),
     (
         "link add link eth0 name nic0 netns THERE type ipvlan mode l2",
+        "172.31.16.20",
+        false,
+    ),
+    (
+        // It answers no ARP requests, so its address is of a network that is routed to the host.
+        "link add link eth0 name nic0 netns THERE type ipvlan mode l3",
+        "10.88.200.20",
         false,
     ),
     (
         "link add br0 type bridge; link add tap0 type veth peer name nic0 netns THERE; \
          link set tap0 master br0 up; link set eth0 master br0; link set br0 up",
+        "172.31.16.20",
         true,
     ),
 ];
@@ -102,9 +111,9 @@ const CARDS: [(&str, bool); 3] = [
 /// C9: machines on the network of the host, which forwards nothing for them.
 #[test]
 fn c9_machines_on_top_of_the_uplink() {
-    for (add, everywhere) in CARDS {
+    for (add, address, everywhere) in CARDS {
         let bare = lab();
-        let Some(asking) = machine(&bare, add) else {
+        let Some(asking) = machine(&bare, add, address) else {
             assert!(!everywhere, "this kernel cannot: {add}");
             continue;
         };
@@ -115,14 +124,14 @@ fn c9_machines_on_top_of_the_uplink() {
         drop(asking);
 
         let sandbox = enforced();
-        let asking = machine(&sandbox.lab, add).unwrap();
+        let asking = machine(&sandbox.lab, add, address).unwrap();
         let _client = begin(&asking, SOCKETS, &["plain"]);
         let seen = packet(&sandbox);
         assert_eq!(
             (seen.layer, seen.verdict),
             (Layer::Perimeter, Verdict::Deny)
         );
-        assert_eq!(seen.source.to_string(), "172.31.16.20");
+        assert_eq!(seen.source.to_string(), address);
         assert_untouched(&sandbox);
     }
 }
