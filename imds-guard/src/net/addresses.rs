@@ -2,12 +2,12 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use futures_util::TryStreamExt as _;
 use rtnetlink::{
     Handle,
     packet_route::{
-        address::{AddressAttribute, AddressFlags},
+        address::{AddressAttribute, AddressFlags, AddressMessage},
         link::LinkAttribute,
     },
 };
@@ -179,27 +179,27 @@ async fn name_of(netlink: &Handle, index: u32) -> String {
 
 /// The interface that has an address.
 async fn holder(netlink: &Handle, address: IpAddr) -> Result<Option<u32>, Failure> {
-    let found = netlink
-        .address()
-        .get()
-        .set_address_filter(address)
-        .execute()
-        .try_next()
-        .await;
-    Ok(found
-        .context("the host's addresses cannot be listed")?
-        .map(|found| found.header.index))
+    let found = find(netlink, address)
+        .await
+        .context("the host's addresses cannot be listed")?;
+    Ok(found.map(|found| found.header.index))
 }
 
 async fn remove(netlink: &Handle, address: IpAddr) -> anyhow::Result<()> {
-    let found = netlink
+    let found = find(netlink, address).await?;
+    let found = found.context("it is gone already")?;
+    netlink.address().del(found).execute().await?;
+    Ok(())
+}
+
+async fn find(
+    netlink: &Handle,
+    address: IpAddr,
+) -> Result<Option<AddressMessage>, rtnetlink::Error> {
+    let mut found = netlink
         .address()
         .get()
         .set_address_filter(address)
-        .execute()
-        .try_next()
-        .await?;
-    let found = found.ok_or_else(|| anyhow!("it is gone already"))?;
-    netlink.address().del(found).execute().await?;
-    Ok(())
+        .execute();
+    found.try_next().await
 }
