@@ -14,6 +14,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use aya::util::KernelVersion;
 use imds_guard::{
     lab::{Place, Room},
     record::{Kind, Packet},
@@ -122,6 +123,5 @@ fn room(sandbox: &Sandbox, place: Place) -> &Room {
 
 /// Whether the guard knows its own network namespace in the kernel (`SO_NETNS_COOKIE`, Linux 5.14).
 fn sockets_can_be_unbound() -> bool {
-    let release = nix::sys::utsname::uname().unwrap().release().to_owned();
-    !release.to_string_lossy().starts_with("5.10.")
+    KernelVersion::current().unwrap() >= KernelVersion::new(5, 14, 0)
 }
