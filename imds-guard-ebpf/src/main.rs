@@ -2,7 +2,7 @@
 //!
 //! `connect*` turns connections for a metadata endpoint to the guard's listener, `egress` tells the
 //! listener who made them and stops what went around, `perimeter` stops what never passed `egress`,
-//! `listener` keeps made-up connections from the guard,
+//! `listener` keeps made-up connections from the guard, `service` reads the instance's hop limit,
 //! `getpeername*` shows the client the address it asked for.
 #![no_std]
 #![no_main]
@@ -18,6 +18,7 @@ mod maps;
 mod packet;
 mod peername;
 mod perimeter;
+mod service;
 
 use aya_ebpf::{
     macros::{cgroup_skb, cgroup_sock_addr, classifier, socket_filter},
@@ -52,6 +53,11 @@ pub fn backstop(ctx: SkBuffContext) -> i32 {
 #[socket_filter]
 pub fn listener(ctx: SkBuffContext) -> i64 {
     listener::filter(&ctx)
+}
+
+#[socket_filter]
+pub fn service(ctx: SkBuffContext) -> i64 {
+    service::filter(&ctx)
 }
 
 #[classifier]

@@ -51,8 +51,8 @@ pub static CONTROL: Array<Control, 1> = Array::new();
 #[btf_map]
 pub static ALIVE_UNTIL: Array<u64, 1> = Array::new();
 
-/// Socket cookies of the guard's own upstream connections. Written by the daemon before it connects,
-/// removed when the connection closes.
+/// The guard's own upstream connections, by socket cookie, with the TTL of the last data from the
+/// service. Written by the daemon before it connects, removed when the connection closes.
 #[btf_map]
 pub static EXEMPT: HashMap<u64, u8, 4096> = HashMap::new();
 

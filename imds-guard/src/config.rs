@@ -30,6 +30,9 @@ pub const LISTENER_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0xa9f
 /// do not look for source ports (rresvport(3), bindresvport(3)).
 pub const LISTENER_PORT: u16 = 254;
 
+/// Where the guard keeps what it needs until the machine is switched off: memory, for root alone.
+pub const RUN_DIR: &str = "/run/imds-guard";
+
 /// One address of each family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pair {
@@ -199,6 +202,8 @@ pub struct Limits {
     pub stalled_timeout: Duration,
     /// How long idle connections to the metadata service are kept.
     pub upstream_idle: Duration,
+    /// How long a client that gets no answer, or did not speak HTTP, keeps its connection.
+    pub unanswered: Duration,
     /// How long requests in flight may take after SIGTERM.
     pub drain: Duration,
 }
@@ -233,6 +238,7 @@ impl Default for Limits {
             answer_timeout: Duration::from_secs(5),
             stalled_timeout: Duration::from_secs(10),
             upstream_idle: Duration::from_secs(15),
+            unanswered: Duration::from_secs(10),
             drain: Duration::from_secs(5),
         }
     }
@@ -267,6 +273,10 @@ pub struct Settings {
     pub upstreams: Upstreams,
     /// The event file; `None` is standard output.
     pub events: Option<PathBuf>,
+    /// Where the keys of session tokens are kept.
+    pub run_dir: PathBuf,
+    /// Whether answers of the guard's own say so in a header.
+    pub marks_answers: bool,
     /// How much of a command line is recorded.
     pub command_lines: CommandLines,
     /// Least severe message of the kernel programs that is logged.

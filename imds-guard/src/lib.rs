@@ -2,7 +2,7 @@
 //!
 //! A request goes one way, and the modules follow it: [`kernel`] redirects the connection, [`proxy`]
 //! accepts it, [`identify`] names the caller, [`policy`] decides, [`proxy`] forwards or refuses,
-//! [`record`] writes what happened. [`service`] puts them together. See `docs/ARCHITECTURE.md`.
+//! [`record`] writes what happened; [`tokens`] are valid only where they were issued. [`service`] puts them together. See `docs/ARCHITECTURE.md`.
 
 pub mod cli;
 pub mod config;
@@ -14,4 +14,6 @@ pub mod net;
 pub mod policy;
 pub mod proxy;
 pub mod record;
+pub mod rules;
 pub mod service;
+pub mod tokens;

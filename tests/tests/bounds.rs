@@ -5,6 +5,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -13,9 +14,10 @@ use imds_guard::{
     config::{Limits, Upstreams},
     identify::{CommandLines, Resolver},
     kernel::{Everyone, Exempt},
-    policy::{Malformed, Mode, Policy},
-    proxy::{Acceptor, Backlog, Proxy, Upstream, listen},
+    policy::{Binding, HopLimitAction, Malformed, Mode, Policy},
+    proxy::{Acceptor, Backlog, Fallbacks, Proxy, Upstream, listen},
     record::{Event, Kind, Recorder, Writer},
+    tokens::Tokens,
 };
 use imds_guard_common::flow::Origin;
 use tokio::{
@@ -52,7 +54,13 @@ impl Rig {
             policy: Policy {
                 mode: Mode::Enforce,
                 hop_limit: 1,
+                hop_limit_action: HopLimitAction::Reject,
+                token_binding: Binding::Off,
+                rules: Vec::new(),
             },
+            tokens: Tokens::new(Path::new("/proc/none")),
+            fallbacks: Fallbacks::default(),
+            marks_answers: false,
             upstream: Upstream::new(
                 Upstreams {
                     v4: upstream,
@@ -219,7 +227,14 @@ async fn g2_oversized_requests_are_refused() {
         .collect();
     assert_eq!(
         malformed,
-        [Malformed::TooLong, Malformed::Body, Malformed::Body]
+        [
+            Malformed::Oversized,
+            Malformed::Oversized,
+            Malformed::TooLong,
+            Malformed::Oversized,
+            Malformed::Body,
+            Malformed::Body
+        ]
     );
 }
 
@@ -337,7 +352,7 @@ async fn a4_the_guard_is_no_open_proxy() {
             format!("GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n{V2}{close}\r\n"),
             "400",
         ),
-        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(), "none"),
+        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(), "400"),
     ] {
         let answer = rig.ask(&request).await;
         assert_eq!(status(&answer), expected, "{request} got {answer}");

@@ -31,6 +31,7 @@ fn boto3(sandbox: &Sandbox, place: Place, mode: &str) -> std::process::Output {
 #[test]
 fn boto3_fetches_role_credentials_over_both_families() {
     let sandbox = Sandbox::new(GUARD, &["--mode", "enforce", "--hop-limit", "2"]);
+    sandbox.lab.imds().set_hop_limit(2);
     sandbox.lab.imds().set_http_tokens(HttpTokens::Required);
     for (place, mode) in [
         (Place::Host, "ipv4"),

@@ -58,6 +58,7 @@ fn docker_containers_are_refused_v1_and_named() {
 #[test]
 fn docker_containers_are_served_v2_within_the_hop_limit() {
     let sandbox = Sandbox::new(GUARD, &["--mode", "enforce", "--hop-limit", "2"]);
+    sandbox.lab.imds().set_hop_limit(2);
     let docker = Docker::start(&sandbox.lab);
     for address in ADDRESSES {
         let get =

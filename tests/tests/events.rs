@@ -8,7 +8,7 @@ use imds_guard::{
         caller::{Netns, Parent, Runtime, Sender, Unresolved},
     },
     record::{
-        ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer, Packet,
+        AnsweredBy, ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer, Packet,
         RefusedConnection, Request, SCHEMA_VERSION, Started, Stopped, UpstreamFailure,
         UpstreamFailureKind,
     },
@@ -28,6 +28,9 @@ fn v1_request() -> Request {
         verdict: Verdict::Deny,
         reason: Reason::NoToken,
         malformed: None,
+        rule: Some("legacy".into()),
+        fallback: true,
+        answered_by: AnsweredBy::Guard,
         mode: Mode::Enforce,
         imds: Some(Imds::V1),
         method: "GET".into(),
@@ -81,6 +84,9 @@ fn unresolved_request() -> Request {
         verdict: Verdict::Audit,
         reason: Reason::Malformed,
         malformed: Some(Malformed::RepeatedToken),
+        rule: None,
+        fallback: false,
+        answered_by: AnsweredBy::Nobody,
         mode: Mode::Audit,
         imds: None,
         // What a caller controls cannot end a line or a string.

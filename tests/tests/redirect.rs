@@ -60,6 +60,7 @@ fn enforce_refuses_v1_and_none_arrives() {
 #[test]
 fn v2_is_served_everywhere_within_the_hop_limit() {
     let sandbox = Sandbox::new(GUARD, &["--mode", "enforce", "--hop-limit", "2"]);
+    sandbox.lab.imds().set_hop_limit(2);
     sandbox.lab.imds().set_http_tokens(HttpTokens::Required);
     for place in PLACES {
         for address in ADDRESSES {

@@ -50,7 +50,7 @@ Exit code 0 if everything became what it should; with --keep, the command's own.
 const INTERRUPTED: u8 = 130;
 
 /// Containers are one hop further away than the host.
-const HOP_LIMIT: &str = "2";
+const HOP_LIMIT: u8 = 2;
 
 /// Arguments of `imds-guard demo`.
 #[derive(Args)]
@@ -80,6 +80,7 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let cgroup_root = probe::cgroup2_mount()?;
     let signals = Signals::catch()?;
     let lab = Lab::new(LabConfig::new(cgroup_root)).context("the demo's host cannot be made")?;
+    lab.imds().set_hop_limit(HOP_LIMIT);
     let interrupted = Arc::new(AtomicBool::new(false));
     let everything = lab.cgroup().path().to_owned();
     signals.watch(arguments.keep, everything, Arc::clone(&interrupted));
@@ -188,7 +189,12 @@ fn show(arguments: &Arguments, lab: &Lab) -> Result<ExitCode> {
 
 fn start_guard(lab: &Lab, program: &Path, mode: Mode) -> Result<Guard> {
     let mut command = lab.guard_command(program);
-    command.args(["--hop-limit", HOP_LIMIT, "--mode", &mode.to_string()]);
+    command.args([
+        "--hop-limit",
+        &HOP_LIMIT.to_string(),
+        "--mode",
+        &mode.to_string(),
+    ]);
     // Its messages would only come between the table's lines.
     command.env("RUST_LOG", "warn");
     Guard::spawn(&mut command)

@@ -8,13 +8,13 @@ use log::LevelFilter;
 use crate::{
     config::{
         IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4, LISTENER_V6, Limits, OnFailure,
-        OnStop, Pair, Settings, Uplinks, Upstreams,
+        OnStop, Pair, RUN_DIR, Settings, Uplinks, Upstreams,
     },
     failure::Failure,
     identify::CommandLines,
     kernel::PINS,
-    policy::{Mode, Policy},
-    service,
+    policy::{Binding, HopLimitAction, Mode, Policy},
+    rules, service,
 };
 
 /// For `--help`.
@@ -43,6 +43,25 @@ pub struct Arguments {
     /// marked in audit mode.
     #[arg(long, value_name = "1-64", default_value_t = 1, value_parser = value_parser!(u8).range(1..=64))]
     hop_limit: u8,
+
+    /// What becomes of requests for a session token from further away, in enforce mode: reject answers them
+    /// with 403 at once; drop never answers them, as on EC2, where clients wait until they give up
+    #[arg(long, value_enum, default_value_t)]
+    hop_limit_action: HopLimitAction,
+
+    /// Where a session token is valid: everywhere (off), or in the network namespace, container or cgroup
+    /// that it was fetched in. Elsewhere it is refused with 401, so that clients fetch one of their own
+    /// [default: container in enforce mode, off in audit mode]
+    #[arg(long, value_enum)]
+    token_binding: Option<Binding>,
+
+    /// File of rules (TOML): exceptions for some callers
+    #[arg(long, value_name = "FILE")]
+    rules: Option<PathBuf>,
+
+    /// Say in a header, X-Imds-Guard, why the guard has answered in place of the service
+    #[arg(long)]
+    mark_answers: bool,
 
     /// Cgroup v2 directory whose processes are watched [default: the root, every process]
     #[arg(long, value_name = "PATH")]
@@ -91,6 +110,10 @@ pub struct Arguments {
     #[arg(long, value_name = "PATH", default_value = PINS)]
     pins: PathBuf,
 
+    /// Where the keys of session tokens are kept until the machine is switched off
+    #[arg(long, value_name = "PATH", default_value = RUN_DIR)]
+    run_dir: PathBuf,
+
     /// Metadata address that clients ask for, one for each family
     /// [default: 169.254.169.254:80 and [fd00:ec2::254]:80]
     #[arg(long, value_name = "ADDRESS:PORT")]
@@ -125,6 +148,9 @@ impl Arguments {
             policy: Policy {
                 mode: self.mode,
                 hop_limit: self.hop_limit,
+                hop_limit_action: self.hop_limit_action,
+                token_binding: self.token_binding.unwrap_or(default_binding(self.mode)),
+                rules: self.rules.as_deref().map_or(Ok(Vec::new()), rules::read)?,
             },
             cgroup: self.cgroup.clone(),
             endpoints,
@@ -143,10 +169,20 @@ impl Arguments {
             replace: self.replace,
             upstreams: Upstreams::resolve(endpoints, &self.upstream)?,
             events: self.events.clone(),
+            run_dir: self.run_dir.clone(),
+            marks_answers: self.mark_answers,
             command_lines: self.command_lines,
             kernel_log: self.kernel_log,
             limits: Limits::for_connections(self.max_connections.into()),
         })
+    }
+}
+
+/// In audit mode nobody notices that the guard is there, or that it leaves.
+const fn default_binding(mode: Mode) -> Binding {
+    match mode {
+        Mode::Audit => Binding::Off,
+        Mode::Enforce => Binding::Container,
     }
 }
 

@@ -30,6 +30,7 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/imds-gu
 const SOCK_ADDR_PROGRAMS: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
 const EGRESS_PROGRAM: &str = "backstop";
 const LISTENER_PROGRAM: &str = "listener";
+const SERVICE_PROGRAM: &str = "service";
 
 /// Ring buffer of the kernel programs' log when it is switched off: the smallest there is.
 const LOG_RING_OFF: u32 = 4096;
@@ -131,6 +132,7 @@ impl Kernel {
         }
         program::<CgroupSkb>(&mut self.ebpf, EGRESS_PROGRAM)?.load()?;
         program::<SocketFilter>(&mut self.ebpf, LISTENER_PROGRAM)?.load()?;
+        program::<SocketFilter>(&mut self.ebpf, SERVICE_PROGRAM)?.load()?;
         program::<SchedClassifier>(&mut self.ebpf, perimeter::PROGRAM)?.load()
     }
 
@@ -191,6 +193,12 @@ impl Kernel {
     /// # Errors
     /// The object lacks one: it is not of this version.
     pub fn take_maps(&mut self) -> Result<Maps, Failure> {
+        let filter: &mut SocketFilter =
+            program(&mut self.ebpf, SERVICE_PROGRAM).context("the filter of upstream sockets")?;
+        let filter = filter.fd().context("the filter of upstream sockets")?;
+        let filter = filter
+            .try_clone()
+            .context("the filter of upstream sockets")?;
         let mut take = |name| self.ebpf.take_map(name).ok_or_else(|| missing(name));
         let mut shared = |name| Ok::<_, Failure>(take(name)?);
         let flows = HashMap::try_from(shared("FLOWS")?).context("map FLOWS")?;
@@ -201,7 +209,7 @@ impl Kernel {
         let packets = RingBuf::try_from(shared("PACKETS")?).context("map PACKETS")?;
         Ok(Maps {
             flows: KernelFlows::new(flows),
-            exempt: Exempt::new(exempt),
+            exempt: Exempt::new(exempt, filter),
             counters: Counters(counters),
             control: Control(control),
             alive_until: AliveUntil(alive_until),

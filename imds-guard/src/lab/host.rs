@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
 
 use super::fake_imds::{Config, FakeImds, Settings};
-use super::{BpfFs, Cgroup, NetNs, cgroup, links};
+use super::{Cgroup, Mount, NetNs, cgroup, links};
 use crate::config::{IMDS_V4, IMDS_V6};
 
 /// The IPv4 address of the host's `eth0`.
@@ -144,7 +144,8 @@ pub struct Lab {
     container: Room,
     cgroup: Cgroup,
     imds: FakeImds,
-    bpffs: BpfFs,
+    bpffs: Mount,
+    files: Mount,
     containers: AtomicU8,
     imds_ns: NetNs,
     cgroup_root: PathBuf,
@@ -187,7 +188,8 @@ impl Lab {
             )?,
             cgroup,
             imds,
-            bpffs: BpfFs::new().context("cannot make a BPF file system")?,
+            bpffs: Mount::bpf().context("cannot make a BPF file system")?,
+            files: Mount::files().context("cannot make a file system")?,
             containers,
             imds_ns,
             cgroup_root: config.cgroup_root,
@@ -231,6 +233,12 @@ impl Lab {
         self.bpffs.path().join("imds-guard")
     }
 
+    /// Where a guard in this lab keeps its keys.
+    #[must_use]
+    pub fn run_dir(&self) -> PathBuf {
+        self.files.path().join("run")
+    }
+
     /// A command that runs a guard on the lab's host, watching all of the lab.
     #[must_use]
     pub fn guard_command(&self, program: impl AsRef<OsStr>) -> Command {
@@ -248,6 +256,8 @@ impl Lab {
             self.cgroup.path().into(),
             "--pins".into(),
             self.pins().into(),
+            "--run-dir".into(),
+            self.run_dir().into(),
             "--uplink".into(),
             "eth0".into(),
         ]

@@ -23,17 +23,17 @@
 //! vanish with the last file descriptor and process in them. [`sweep`] removes the cgroups of labs
 //! that were killed; every new lab does that first.
 
-mod bpffs;
 mod cgroup;
 pub mod fake_imds;
 mod guard;
 mod host;
 pub mod links;
+mod mount;
 mod netns;
 
-pub use bpffs::BpfFs;
 pub use cgroup::{Cgroup, kill_all, sweep};
 pub use fake_imds::{Config, Counters, FakeImds, HttpTokens, Seen, Settings};
 pub use guard::Guard;
 pub use host::{CONTAINER_V4, CONTAINER_V6, HOST_V4, HOST_V6, Lab, LabConfig, Place, Room};
+pub use mount::Mount;
 pub use netns::NetNs;

@@ -7,7 +7,7 @@ use hyper::StatusCode;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Imds, Malformed, Request};
+use super::{Flaw, Imds, Malformed, Request, Terms};
 
 /// What happens to requests that the policy does not want.
 #[derive(
@@ -40,7 +40,11 @@ pub enum Verdict {
     Allow,
     /// Forwarded, though enforce mode would have refused it.
     Audit,
-    /// Refused by the guard; nothing reached the metadata service.
+    /// IMDSv1 that a rule carries over: forwarded with a session token of the guard's own.
+    Upgrade,
+    /// Refused by the guard. Nothing of it reached the metadata service; but of a token request that
+    /// the instance's own hop limit stands against (`instance_hop_limit`), which only the service's
+    /// answer tells.
     Deny,
 }
 
@@ -54,64 +58,152 @@ pub enum Reason {
     TokenRequest,
     /// IMDSv1: it carries no session token.
     NoToken,
+    /// A rule carries it over from IMDSv1.
+    Upgraded,
     /// It asks for a token from further away than the hop limit allows.
     HopLimit,
+    /// It asks for a token from further away than the instance's own hop limit allows.
+    InstanceHopLimit,
     /// It asks for a token, and a proxy passed it on (`X-Forwarded-For`).
     Forwarded,
+    /// It asks for a token without saying for how long, or for longer than 6 hours.
+    TokenTtl,
+    /// The service knows no such method.
+    Method,
+    /// Its session token was issued somewhere else (`--token-binding`).
+    ForeignToken,
+    /// Its session token was not issued through the guard, which has been there for longer than any
+    /// token lives.
+    UnboundToken,
+    /// Its session token has expired or was altered.
+    InvalidToken,
     /// It cannot be judged: see `malformed`.
     Malformed,
 }
 
-/// The rules as configured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Policy {
-    /// Whether refusals are carried out.
-    pub mode: Mode,
-    /// How many network hops a token may travel (1–64), as the instance's
-    /// `HttpPutResponseHopLimit`; AWS's default is 1.
-    pub hop_limit: u8,
+impl fmt::Display for Reason {
+    /// As in events.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
-/// Verdict, reason, and the status the guard answers with if it refuses.
+/// What becomes of a token request from beyond the hop limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum HopLimitAction {
+    /// It is answered with 403 at once.
+    #[default]
+    Reject,
+    /// It is never answered, as on EC2, where the answer is lost on the way.
+    Drop,
+}
+
+/// What the session token of a request turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SessionToken {
+    /// Issued by the service, and not bound to anything.
+    Plain,
+    /// As `Plain`, though every such token must have expired by now.
+    Stray,
+    /// Issued where it is used now.
+    Bound,
+    /// Issued somewhere else.
+    Foreign,
+    /// Sealed by no guard, or expired.
+    Invalid,
+}
+
+/// Verdict, reason, and what is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision {
     /// What becomes of the request.
     pub verdict: Verdict,
     /// Why.
     pub reason: Reason,
-    /// The HTTP status of a refusal, if it is not forwarded.
-    pub refusal: Option<StatusCode>,
+    /// How that is done.
+    pub action: Action,
 }
 
-impl Policy {
-    /// Judges a request that came over `hops` network hops.
+/// What is done about a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// The service answers it.
+    Forward,
+    /// The service answers it, as it gets a session token.
+    Upgrade,
+    /// The guard answers it.
+    Refuse(StatusCode),
+    /// Nobody answers it.
+    Drop,
+}
+
+impl Terms {
+    /// Judges a request that came over `hops` network hops, with a session token that was found to be
+    /// `token`, if it has one.
     #[must_use]
-    pub fn decide(&self, request: &Request, hops: u8) -> Decision {
-        match request.imds {
-            Imds::V1 => self.unwanted(Reason::NoToken, StatusCode::UNAUTHORIZED),
-            Imds::Token if request.forwarded => {
-                self.unwanted(Reason::Forwarded, StatusCode::FORBIDDEN)
+    pub fn decide(&self, request: &Request<'_>, hops: u8, token: SessionToken) -> Decision {
+        let too_far = hops > self.hop_limit;
+        match (request.imds, request.flaw, token) {
+            (Imds::Token, ..) if request.forwarded => {
+                self.refuse(Reason::Forwarded, StatusCode::FORBIDDEN)
             }
-            Imds::Token if hops > self.hop_limit => {
-                self.unwanted(Reason::HopLimit, StatusCode::FORBIDDEN)
+            (Imds::Token, ..) if too_far => self.unwanted(Reason::HopLimit, self.beyond_limit()),
+            (_, Some(Flaw::Method), _) => {
+                self.refuse(Reason::Method, StatusCode::METHOD_NOT_ALLOWED)
             }
-            Imds::Token => Decision::allow(Reason::TokenRequest),
-            Imds::V2 => Decision::allow(Reason::SessionToken),
+            (_, Some(Flaw::Ttl), _) => self.refuse(Reason::TokenTtl, StatusCode::BAD_REQUEST),
+            (Imds::Token, None, _) => Decision::allow(Reason::TokenRequest),
+            // No further than the guard's own host, and not for a proxy's visitors.
+            (Imds::V1, None, _) if self.upgrade && hops == 1 && !request.forwarded => Decision {
+                verdict: Verdict::Upgrade,
+                reason: Reason::Upgraded,
+                action: Action::Upgrade,
+            },
+            (Imds::V1, None, _) => self.refuse(Reason::NoToken, StatusCode::UNAUTHORIZED),
+            (Imds::V2, None, SessionToken::Foreign) => {
+                self.refuse(Reason::ForeignToken, StatusCode::UNAUTHORIZED)
+            }
+            (Imds::V2, None, SessionToken::Stray) => {
+                self.refuse(Reason::UnboundToken, StatusCode::UNAUTHORIZED)
+            }
+            // Whatever is done, the service would not know it.
+            (Imds::V2, None, SessionToken::Invalid) => {
+                let action = Action::Refuse(StatusCode::UNAUTHORIZED);
+                Decision::deny(Reason::InvalidToken, action)
+            }
+            (Imds::V2, None, SessionToken::Plain | SessionToken::Bound) => {
+                Decision::allow(Reason::SessionToken)
+            }
         }
     }
 
-    fn unwanted(&self, reason: Reason, status: StatusCode) -> Decision {
+    /// Judges a token request once more when the service has answered it: `ttl` is the answer's, which
+    /// says how far the instance lets it go (1–64). In every mode: without the guard, the answer would
+    /// not have arrived either.
+    #[must_use]
+    pub fn decide_answer(&self, hops: u8, ttl: u8) -> Option<Decision> {
+        (hops > ttl).then(|| Decision::deny(Reason::InstanceHopLimit, self.beyond_limit()))
+    }
+
+    fn beyond_limit(&self) -> Action {
+        match self.hop_limit_action {
+            HopLimitAction::Reject => Action::Refuse(StatusCode::FORBIDDEN),
+            HopLimitAction::Drop => Action::Drop,
+        }
+    }
+
+    fn refuse(&self, reason: Reason, status: StatusCode) -> Decision {
+        self.unwanted(reason, Action::Refuse(status))
+    }
+
+    fn unwanted(&self, reason: Reason, action: Action) -> Decision {
         match self.mode {
             Mode::Audit => Decision {
                 verdict: Verdict::Audit,
                 reason,
-                refusal: None,
+                action: Action::Forward,
             },
-            Mode::Enforce => Decision {
-                verdict: Verdict::Deny,
-                reason,
-                refusal: Some(status),
-            },
+            Mode::Enforce => Decision::deny(reason, action),
         }
     }
 }
@@ -121,70 +213,134 @@ impl Decision {
         Self {
             verdict: Verdict::Allow,
             reason,
-            refusal: None,
+            action: Action::Forward,
+        }
+    }
+
+    fn deny(reason: Reason, action: Action) -> Self {
+        Self {
+            verdict: Verdict::Deny,
+            reason,
+            action,
         }
     }
 
     /// What cannot be judged is refused in every mode.
     #[must_use]
     pub fn malformed(malformed: Malformed) -> Self {
-        let refusal = match malformed {
+        let status = match malformed {
             Malformed::Target => StatusCode::METHOD_NOT_ALLOWED,
             Malformed::TooLong => StatusCode::URI_TOO_LONG,
+            Malformed::Oversized => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Malformed::Body => StatusCode::PAYLOAD_TOO_LARGE,
-            Malformed::RepeatedToken | Malformed::Upgrade => StatusCode::BAD_REQUEST,
+            _ => StatusCode::BAD_REQUEST,
         };
-        Self {
-            verdict: Verdict::Deny,
-            reason: Reason::Malformed,
-            refusal: Some(refusal),
-        }
+        Self::deny(Reason::Malformed, Action::Refuse(status))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{SessionToken as Token, *};
+    use crate::policy::{Binding, path::Path};
 
     #[test]
     fn the_whole_policy_is_this_table() {
-        use {
-            Reason::*,
-            Verdict::{Allow, Deny},
+        use {Mode::*, Reason::*};
+        let terms = |mode, hop_limit, upgrade| Terms {
+            mode,
+            hop_limit,
+            hop_limit_action: HopLimitAction::Reject,
+            token_binding: Binding::Container,
+            upgrade,
+            rule: None,
         };
-        let marked = Verdict::Audit;
-        let (enforce, audit) = (Mode::Enforce, Mode::Audit);
+        let (one, two) = (terms(Enforce, 1, false), terms(Enforce, 2, false));
+        let (audit, upgrade) = (terms(Audit, 1, false), terms(Enforce, 1, true));
+        let drop = Terms {
+            hop_limit_action: HopLimitAction::Drop,
+            ..one.clone()
+        };
+        let (v1, v2, put) = (Imds::V1, Imds::V2, Imds::Token);
+        let (ttl, method) = (Some(Flaw::Ttl), Some(Flaw::Method));
+        let plain = Token::Plain;
+        let allow = |reason| Decision::allow(reason);
+        let deny = |reason, status| {
+            let status = StatusCode::from_u16(status).unwrap();
+            Decision::deny(reason, Action::Refuse(status))
+        };
+        let mark = |reason| Decision {
+            verdict: Verdict::Audit,
+            reason,
+            action: Action::Forward,
+        };
+        let carried_over = Decision {
+            verdict: Verdict::Upgrade,
+            reason: Upgraded,
+            action: Action::Upgrade,
+        };
         #[rustfmt::skip]
         let table = [
-            // mode    hop limit  version      forwarded hops  verdict reason        status
-            (enforce, 1,         Imds::V1,    false,    1,    Deny,   NoToken,      401),
-            (enforce, 1,         Imds::V1,    true,     3,    Deny,   NoToken,      401),
-            (enforce, 1,         Imds::V2,    false,    1,    Allow,  SessionToken, 0),
-            (enforce, 1,         Imds::V2,    true,     3,    Allow,  SessionToken, 0),
-            (enforce, 1,         Imds::Token, false,    1,    Allow,  TokenRequest, 0),
-            (enforce, 1,         Imds::Token, false,    2,    Deny,   HopLimit,     403),
-            (enforce, 2,         Imds::Token, false,    2,    Allow,  TokenRequest, 0),
-            (enforce, 2,         Imds::Token, false,    3,    Deny,   HopLimit,     403),
-            (enforce, 2,         Imds::Token, true,     1,    Deny,   Forwarded,    403),
-            (audit,   1,         Imds::V1,    false,    1,    marked,  NoToken,      0),
-            (audit,   1,         Imds::V2,    false,    1,    Allow,  SessionToken, 0),
-            (audit,   1,         Imds::Token, false,    1,    Allow,  TokenRequest, 0),
-            (audit,   1,         Imds::Token, false,    2,    marked,  HopLimit,     0),
-            (audit,   1,         Imds::Token, true,     1,    marked,  Forwarded,    0),
+            // terms  version flaw    forwarded hops session token         decision
+            (&one,     v1,  None,   false, 1, plain,                 deny(NoToken, 401)),
+            (&one,     v1,  None,   true,  3, plain,                 deny(NoToken, 401)),
+            (&one,     v1,  method, false, 1, plain,                 deny(Method, 405)),
+            (&one,     v2,  None,   false, 1, plain,                 allow(SessionToken)),
+            (&one,     v2,  None,   true,  3, plain,                 allow(SessionToken)),
+            (&one,     v2,  method, false, 1, plain,                 deny(Method, 405)),
+            (&one,     v2,  None,   false, 1, Token::Bound,   allow(SessionToken)),
+            (&one,     v2,  None,   false, 1, Token::Foreign, deny(ForeignToken, 401)),
+            (&one,     v2,  None,   false, 1, Token::Stray,   deny(UnboundToken, 401)),
+            (&one,     v2,  None,   false, 1, Token::Invalid, deny(InvalidToken, 401)),
+            (&one,     put, None,   false, 1, plain,                 allow(TokenRequest)),
+            (&one,     put, None,   false, 2, plain,                 deny(HopLimit, 403)),
+            (&drop,    put, None,   false, 2, plain,                 Decision::deny(HopLimit, Action::Drop)),
+            (&one,     put, ttl,    false, 1, plain,                 deny(TokenTtl, 400)),
+            (&one,     put, method, false, 1, plain,                 deny(Method, 405)),
+            (&one,     put, ttl,    false, 2, plain,                 deny(HopLimit, 403)),
+            (&two,     put, None,   false, 2, plain,                 allow(TokenRequest)),
+            (&two,     put, None,   false, 3, plain,                 deny(HopLimit, 403)),
+            (&two,     put, None,   true,  1, plain,                 deny(Forwarded, 403)),
+            (&upgrade, v1,  None,   false, 1, plain,                 carried_over),
+            (&upgrade, v1,  None,   true,  1, plain,                 deny(NoToken, 401)),
+            (&upgrade, v1,  None,   false, 2, plain,                 deny(NoToken, 401)),
+            (&upgrade, v1,  method, false, 1, plain,                 deny(Method, 405)),
+            (&upgrade, put, None,   false, 2, plain,                 deny(HopLimit, 403)),
+            (&audit,   v1,  None,   false, 1, plain,                 mark(NoToken)),
+            (&audit,   v1,  method, false, 1, plain,                 mark(Method)),
+            (&audit,   v2,  None,   false, 1, plain,                 allow(SessionToken)),
+            (&audit,   v2,  None,   false, 1, Token::Foreign, mark(ForeignToken)),
+            (&audit,   v2,  None,   false, 1, Token::Invalid, deny(InvalidToken, 401)),
+            (&audit,   put, None,   false, 1, plain,                 allow(TokenRequest)),
+            (&audit,   put, ttl,    false, 1, plain,                 mark(TokenTtl)),
+            (&audit,   put, None,   false, 2, plain,                 mark(HopLimit)),
+            (&audit,   put, None,   true,  1, plain,                 mark(Forwarded)),
         ];
-        for (mode, hop_limit, imds, forwarded, hops, verdict, reason, refusal) in table {
-            let request = Request { imds, forwarded };
-            let refusal = StatusCode::from_u16(refusal).ok();
-            let got = Policy { mode, hop_limit }.decide(&request, hops);
-            assert_eq!(
-                got,
-                Decision {
-                    verdict,
-                    reason,
-                    refusal
-                },
-                "{mode:?} {request:?} {hops}"
-            );
+        for (terms, imds, flaw, forwarded, hops, token, expected) in table {
+            let request = Request {
+                imds,
+                forwarded,
+                flaw,
+                path: Path::read("/").unwrap(),
+                token: None,
+            };
+            let got = terms.decide(&request, hops, token);
+            assert_eq!(got, expected, "{terms:?} {request:?} {hops} {token:?}");
+        }
+
+        for (terms, hops, ttl, expected) in [
+            (&one, 1, 1, None),
+            (&two, 2, 2, None),
+            (&two, 2, 1, Some(deny(InstanceHopLimit, 403))),
+            (&audit, 2, 1, Some(deny(InstanceHopLimit, 403))),
+            (
+                &drop,
+                3,
+                2,
+                Some(Decision::deny(InstanceHopLimit, Action::Drop)),
+            ),
+        ] {
+            assert_eq!(terms.decide_answer(hops, ttl), expected, "{hops} {ttl}");
         }
     }
 }

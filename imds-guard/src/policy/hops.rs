@@ -24,9 +24,26 @@ pub fn hops(same_netns: bool, syn_ttl: Option<u8>) -> u8 {
     lost.saturating_add(2)
 }
 
+/// The TTL with which the answer to a token request leaves for a caller, so that it gets as far as a
+/// hop limit allows and no further: in another network namespace one hop lies behind it already. A
+/// caller that has hidden how far away it is, by a TTL of its own, does not get it.
+#[must_use]
+pub fn reply_ttl(same_netns: bool, hop_limit: u8) -> u8 {
+    let behind = u8::from(!same_netns);
+    hop_limit.saturating_sub(behind).max(1)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::hops;
+    use super::*;
+
+    #[test]
+    fn an_answer_gets_as_far_as_the_limit_allows() {
+        for (same_netns, limit, ttl) in [(true, 1, 1), (true, 64, 64), (false, 2, 1), (false, 3, 2)]
+        {
+            assert_eq!(reply_ttl(same_netns, limit), ttl, "{same_netns} {limit}");
+        }
+    }
 
     #[test]
     fn hops_are_counted_as_the_instance_does() {

@@ -1,30 +1,32 @@
 //! Takes connections, finds out who made each, and serves its requests until it ends.
 
 use std::{
-    convert::Infallible,
     io,
     mem::MaybeUninit,
-    net::SocketAddr,
-    sync::Arc,
+    net::{Shutdown, SocketAddr},
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use futures_util::FutureExt as _;
 use hyper::{
-    header::{CONNECTION, HeaderValue},
+    Request, StatusCode,
+    body::Incoming,
+    header::{CONNECTION, HeaderValue, TRANSFER_ENCODING},
     server::conn::http1,
     service::service_fn,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioTimer;
 use imds_guard_common::flow::{Family, Origin, SynKey};
 use socket2::SockRef;
 use tokio::{
+    io::Interest,
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::JoinHandle,
 };
 
-use super::{Proxy, pipeline::Connection, places::Places, syn};
+use super::{Proxy, answer, gate::Gate, pipeline::Connection, places::Places, syn};
 use crate::{
     identify::lossy,
     policy::{caller::Netns, hops},
@@ -33,6 +35,9 @@ use crate::{
 
 /// How long to wait when the process is out of file descriptors, before accepting again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How much of what is no HTTP is still read before the connection is closed, in bytes.
+const MOST_UNREAD: usize = 64 * 1024;
 
 /// Accepts connections for a proxy, as many at once as its limits allow.
 pub struct Acceptor {
@@ -174,26 +179,36 @@ async fn serve(
     }
     let caller = proxy.resolver.resolve(&origin).await;
     let hops = hops(caller.netns == Netns::Host, Some(syn.ttl));
-    let connection = Connection::new(caller, family, hops, accepted.elapsed());
+    let naming = accepted.elapsed();
+    let connection = Connection::new(caller, &proxy.policy, family, hops, naming);
 
+    let stream = Arc::new(stream);
+    let refused = Arc::new(OnceLock::new());
+    let gate = Gate::new(Arc::clone(&stream), proxy.limits, Arc::clone(&refused));
     let leaving = stop.clone();
-    let answer = service_fn(async |request| {
-        let mut answer = proxy.answer(&connection, request).await;
-        if leaving.borrow().is_some() {
+    let answer = service_fn(async |request: Request<Incoming>| {
+        // The gate looks for no head after chunks.
+        let is_last = request.headers().contains_key(TRANSFER_ENCODING);
+        let Some(mut answer) = proxy.answer(&connection, &stream, request).await else {
+            until_gone(&stream, proxy.limits.unanswered).await;
+            return Err(Unanswered);
+        };
+        if is_last || leaving.borrow().is_some() {
             let close = HeaderValue::from_static("close");
             answer.headers_mut().insert(CONNECTION, close);
         }
-        Ok::<_, Infallible>(answer)
+        Ok(answer)
     });
     let http = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(proxy.limits.head_timeout)
-        .max_buf_size(proxy.limits.head_bytes)
-        .max_headers(proxy.limits.headers)
+        // The gate has let through what fits.
+        .max_buf_size(2 * proxy.limits.head_bytes)
+        .max_headers(proxy.limits.headers + 2)
         // A client may close its side once it has asked, as `nc` does.
         .half_close(true)
         .title_case_headers(true)
-        .serve_connection(TokioIo::new(stream), answer);
+        .serve_connection(gate, answer);
     tokio::pin!(http);
     let served = tokio::select! {
         served = http.as_mut() => served,
@@ -206,9 +221,59 @@ async fn serve(
             http.await
         }
     };
-    if let Err(error) = served {
+    if let Some(refused) = refused.get() {
+        let status = proxy.refuse(&connection, refused);
+        dismiss(&stream, status, proxy.limits.unanswered).await;
+    } else if let Err(error) = served {
         log::debug!("the connection of pid {} ended: {error}", origin.pid);
     }
+}
+
+/// A request is not to be answered.
+#[derive(Debug, thiserror::Error)]
+#[error("not answered, as the policy wants it")]
+struct Unanswered;
+
+/// Waits until a client gives up, or for so long.
+async fn until_gone(stream: &TcpStream, at_most: Duration) {
+    let gone = async {
+        match stream.ready(Interest::READABLE).await {
+            Ok(ready) if !ready.is_read_closed() => std::future::pending().await,
+            Ok(_) | Err(_) => {}
+        }
+    };
+    let _gone = tokio::time::timeout(at_most, gone).await;
+}
+
+/// Says what is wrong to whoever did not send HTTP, and listens on until it has been heard: closed with
+/// something unread, the connection would be reset, and the client might see nothing of it.
+async fn dismiss(stream: &TcpStream, status: StatusCode, at_most: Duration) {
+    let words = answer::last_words(status);
+    let said = async {
+        let mut rest = &words[..];
+        while !rest.is_empty() {
+            stream.writable().await?;
+            match stream.try_write(rest) {
+                Ok(written) => rest = &rest[written..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        SockRef::from(stream).shutdown(Shutdown::Write)?;
+        let mut unread = [0; 4096];
+        let mut heard = 0;
+        while heard < MOST_UNREAD {
+            stream.readable().await?;
+            match stream.try_read(&mut unread) {
+                Ok(0) => break,
+                Ok(read) => heard += read,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    };
+    let _said = tokio::time::timeout(at_most, said).await;
 }
 
 /// Whether the client has closed its side without having asked anything: not worth finding out who it

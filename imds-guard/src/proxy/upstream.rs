@@ -6,6 +6,7 @@ use std::{
     io,
     net::SocketAddr,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -30,11 +31,16 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpSocket, TcpStream};
 use tower_service::Service;
 
+use super::upgrade::OwnToken;
 use crate::{
     config::{Limits, Upstreams},
     kernel::{Exempt, Exemption},
+    policy::{TOKEN_HEADER, TTL_HEADER},
     record::{UpstreamFailure, UpstreamFailureKind as FailureKind},
 };
+
+/// Where the guard fetches its own session token.
+const TOKEN_PATH: &str = "/latest/api/token";
 
 /// Idle connections kept for each address.
 const MAX_IDLE: usize = 32;
@@ -55,11 +61,30 @@ const HOP_BY_HOP: [HeaderName; 8] = [
 pub struct Upstream {
     client: Client<Connector, Empty<Bytes>>,
     addresses: Upstreams,
+    own_token: OwnToken,
     limits: Limits,
 }
 
 /// The status for the client, and what went wrong for the event.
 pub type Failed = (StatusCode, UpstreamFailure);
+
+/// What the service answered.
+pub struct Reply {
+    /// The whole answer.
+    pub answer: Response<Bytes>,
+    /// The TTL with which it came, where that is known.
+    pub ttl: Option<u8>,
+}
+
+/// The session token that a request is forwarded with.
+pub enum Token {
+    /// As the client sent it, or none.
+    AsSent,
+    /// The service's, in place of the sealed one that the client sent.
+    Instead(HeaderValue),
+    /// The guard's own.
+    Own,
+}
 
 impl Upstream {
     /// A client for these addresses; nothing is connected yet.
@@ -79,12 +104,13 @@ impl Upstream {
         Self {
             client,
             addresses,
+            own_token: OwnToken::default(),
             limits,
         }
     }
 
     /// Sends a request, written anew: its method, its path and query to the byte, its end-to-end
-    /// headers, no body. Reads the whole answer.
+    /// headers with the session token that is wanted, no body. Reads the whole answer.
     ///
     /// # Errors
     /// No whole answer within the time and size that are allowed.
@@ -92,15 +118,24 @@ impl Upstream {
         &self,
         family: Family,
         parts: &request::Parts,
-    ) -> Result<Response<Bytes>, Failed> {
+        token: Token,
+    ) -> Result<Reply, Failed> {
         let address = match family {
             Family::Ipv4 | Family::Ipv4Mapped => self.addresses.v4,
             Family::Ipv6 => self.addresses.v6,
         };
-        let answer =
-            tokio::time::timeout(self.limits.answer_timeout, self.exchange(address, parts));
-        match answer.await {
-            Ok(answer) => answer,
+        let reply = async {
+            match token {
+                Token::AsSent => self.exchange(address, rewrite(address, parts)).await,
+                Token::Instead(token) => {
+                    let request = rewrite(address, parts).map(|request| with(request, token));
+                    self.exchange(address, request).await
+                }
+                Token::Own => self.upgraded(address, parts).await,
+            }
+        };
+        match tokio::time::timeout(self.limits.answer_timeout, reply).await {
+            Ok(reply) => reply,
             Err(_elapsed) => Err(failed(
                 FailureKind::TimedOut,
                 format!(
@@ -111,13 +146,39 @@ impl Upstream {
         }
     }
 
+    /// Sends a request with the guard's own token, and once more with a new one if the service has
+    /// forgotten it.
+    async fn upgraded(&self, address: SocketAddr, parts: &request::Parts) -> Result<Reply, Failed> {
+        let mut again = true;
+        loop {
+            let token = self.own_token.get(async |method, headers| {
+                let mut put = Request::new(());
+                *put.method_mut() = method;
+                *put.uri_mut() = Uri::from_static(TOKEN_PATH);
+                *put.headers_mut() = headers;
+                let (put, _) = put.into_parts();
+                let reply = self.exchange(address, rewrite(address, &put)).await?;
+                Ok((reply.answer.status(), reply.answer.into_body()))
+            });
+            let token = token.await?;
+            let request = rewrite(address, parts).map(|request| with(request, token.clone()));
+            let mut reply = self.exchange(address, request).await?;
+            if reply.answer.status() != StatusCode::UNAUTHORIZED || !again {
+                // Of that token the client knows nothing.
+                reply.answer.headers_mut().remove(TTL_HEADER);
+                return Ok(reply);
+            }
+            self.own_token.forget(&token).await;
+            again = false;
+        }
+    }
+
     async fn exchange(
         &self,
         address: SocketAddr,
-        parts: &request::Parts,
-    ) -> Result<Response<Bytes>, Failed> {
-        let request = rewrite(address, parts)
-            .map_err(|error| failed(FailureKind::Broken, error.to_string()))?;
+        request: Result<Request<Empty<Bytes>>, hyper::http::Error>,
+    ) -> Result<Reply, Failed> {
+        let request = request.map_err(|error| failed(FailureKind::Broken, error.to_string()))?;
         let answer = self
             .client
             .request(request)
@@ -134,8 +195,18 @@ impl Upstream {
             )
         })?;
         strip_hop_by_hop(&mut parts.headers);
-        Ok(Response::from_parts(parts, body.to_bytes()))
+        let connection = parts.extensions.remove::<Arc<Exemption>>();
+        Ok(Reply {
+            ttl: connection.and_then(|connection| connection.last_ttl()),
+            answer: Response::from_parts(parts, body.to_bytes()),
+        })
     }
+}
+
+/// A request with this session token, and no other.
+fn with(mut request: Request<Empty<Bytes>>, token: HeaderValue) -> Request<Empty<Bytes>> {
+    request.headers_mut().insert(TOKEN_HEADER, token);
+    request
 }
 
 fn rewrite(
@@ -236,7 +307,7 @@ impl Connector {
             })??;
         Ok(UpstreamIo {
             stream: TokioIo::new(stream),
-            _exemption: exemption,
+            exemption: Arc::new(exemption),
         })
     }
 }
@@ -266,12 +337,12 @@ impl Service<Uri> for Connector {
 /// A connection to the metadata service; closed first, no longer exempt then.
 struct UpstreamIo {
     stream: TokioIo<TcpStream>,
-    _exemption: Exemption,
+    exemption: Arc<Exemption>,
 }
 
 impl Connection for UpstreamIo {
     fn connected(&self) -> Connected {
-        Connected::new()
+        Connected::new().extra(Arc::clone(&self.exemption))
     }
 }
 

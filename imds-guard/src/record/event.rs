@@ -59,11 +59,18 @@ pub struct Request {
     /// What was wrong with it, if it could not be judged.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub malformed: Option<Malformed>,
+    /// The rule that applied to the caller, if one did.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub rule: Option<String>,
     /// The mode that was in force.
     pub mode: Mode,
     /// IMDSv1, IMDSv2, or a request for a session token; missing if it could not be judged.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub imds: Option<Imds>,
+    /// IMDSv1 that the same process asks for within a minute after its request for a session token was
+    /// refused: it would have spoken IMDSv2.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub fallback: bool,
     /// The HTTP method.
     pub method: String,
     /// The path as sent, without its query; cut at 512 bytes.
@@ -71,8 +78,10 @@ pub struct Request {
     /// What the client says it is; cut at 256 bytes. It can say anything.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub user_agent: Option<String>,
-    /// The HTTP status of the answer.
+    /// The HTTP status of the answer; for one that was never given, what it would have been.
     pub status: u16,
+    /// Who gave it.
+    pub answered_by: AnsweredBy,
     /// Why the metadata service did not answer; the client got 502 or 504.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub upstream_failure: Option<UpstreamFailure>,
@@ -84,6 +93,18 @@ pub struct Request {
     pub caller: Arc<Caller>,
     /// How long it took.
     pub latency_us: Latency,
+}
+
+/// Who answered a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AnsweredBy {
+    /// The metadata service.
+    Service,
+    /// The guard itself.
+    Guard,
+    /// Nobody, as on EC2 beyond the hop limit.
+    Nobody,
 }
 
 /// Why the metadata service did not answer.

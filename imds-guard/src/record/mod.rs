@@ -4,7 +4,8 @@ mod event;
 mod sink;
 
 pub use event::{
-    ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer, Packet, RefusedConnection,
-    Request, SCHEMA_VERSION, Started, Stopped, UpstreamFailure, UpstreamFailureKind,
+    AnsweredBy, ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer, Packet,
+    RefusedConnection, Request, SCHEMA_VERSION, Started, Stopped, UpstreamFailure,
+    UpstreamFailureKind,
 };
 pub use sink::{Recorder, Writer};

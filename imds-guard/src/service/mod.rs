@@ -30,8 +30,9 @@ use crate::{
     kernel::{Charge, Control, Heartbeat, Kernel, Maps, Packets, Pins, probe},
     net::Addresses,
     policy::Mode,
-    proxy::{Acceptor, Backlog, Proxy, Upstream, adopt, listen},
+    proxy::{Acceptor, Backlog, Fallbacks, Proxy, Upstream, adopt, listen},
     record::{Kind, Recorder, Started, Stopped},
+    tokens::Tokens,
 };
 use watch::UplinkWatch;
 
@@ -203,7 +204,10 @@ impl Guard<'_> {
         let mut acceptor = Acceptor::new(Proxy {
             flows: Box::new(flows),
             resolver: Arc::clone(&self.resolver),
-            policy: settings.policy,
+            policy: settings.policy.clone(),
+            tokens: Tokens::new(&settings.run_dir),
+            fallbacks: Fallbacks::default(),
+            marks_answers: settings.marks_answers,
             upstream: Upstream::new(settings.upstreams, exempt, settings.limits),
             recorder: self.recorder.clone(),
             limits: settings.limits,

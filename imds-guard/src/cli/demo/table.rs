@@ -26,6 +26,7 @@ pub fn row(request: &Request) {
     };
     let outcome = match request.verdict {
         Verdict::Deny => format!("refused {}", request.status),
+        Verdict::Upgrade => format!("upgraded {}", request.status),
         Verdict::Audit => format!("noted {}", request.status),
         Verdict::Allow => format!("served {}", request.status),
     };

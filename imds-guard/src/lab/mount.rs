@@ -1,4 +1,4 @@
-//! A BPF file system of the lab's own.
+//! File systems of the lab's own.
 
 use std::{
     ffi::CStr,
@@ -8,27 +8,38 @@ use std::{
     process, ptr,
 };
 
-/// A BPF file system that is mounted nowhere (fsmount(2), Linux 5.2): it ends with this process, and all
-/// programs that are pinned in it with it, also when this process is killed.
+/// A file system that is mounted nowhere (fsmount(2), Linux 5.2): it ends with this process, and all
+/// that is in it, such as pinned programs, also when this process is killed.
 #[derive(Debug)]
-pub struct BpfFs {
+pub struct Mount {
     mount: OwnedFd,
 }
 
-impl BpfFs {
-    /// Makes an empty one.
+impl Mount {
+    /// Makes an empty BPF file system.
     ///
     /// # Errors
     /// The kernel refuses: this needs CAP_SYS_ADMIN.
-    pub fn new() -> io::Result<Self> {
-        const BPF: &CStr = c"bpf";
+    pub fn bpf() -> io::Result<Self> {
+        Self::new(c"bpf")
+    }
+
+    /// Makes an empty file system for files.
+    ///
+    /// # Errors
+    /// As [`Mount::bpf`].
+    pub fn files() -> io::Result<Self> {
+        Self::new(c"tmpfs")
+    }
+
+    fn new(kind: &CStr) -> io::Result<Self> {
         // The numbers are those of linux/mount.h.
         const FSOPEN_CLOEXEC: libc::c_uint = 1;
         const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
         const FSMOUNT_CLOEXEC: libc::c_uint = 1;
         // SAFETY: the name ends with NUL; results are checked before they are taken for descriptors.
         let context =
-            owned(unsafe { libc::syscall(libc::SYS_fsopen, BPF.as_ptr(), FSOPEN_CLOEXEC) })?;
+            owned(unsafe { libc::syscall(libc::SYS_fsopen, kind.as_ptr(), FSOPEN_CLOEXEC) })?;
         // SAFETY: the descriptor is open; this command takes no key and no value.
         let created = unsafe {
             libc::syscall(

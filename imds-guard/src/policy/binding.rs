@@ -1,0 +1,39 @@
+//! Where a session token is valid.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use super::Caller;
+
+/// How widely a session token may be used. The service itself takes a token from anybody on the
+/// instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Binding {
+    /// Anywhere: tokens are handed out as the service gives them.
+    Off,
+    /// In the network namespace that it was issued in.
+    Netns,
+    /// In the container that it was issued in, and there in the same network namespace; outside of
+    /// containers in the network namespace.
+    Container,
+    /// In the cgroup that it was issued in.
+    Cgroup,
+}
+
+impl Binding {
+    /// What a caller shares with those that can use its token; `None` if that is everybody.
+    #[must_use]
+    pub fn scope(self, caller: &Caller) -> Option<String> {
+        let netns = caller.netns_cookie;
+        match self {
+            Self::Off => None,
+            Self::Netns => Some(format!("netns {netns}")),
+            Self::Container => Some(match &caller.container_id {
+                Some(id) => format!("container {id} netns {netns}"),
+                None => format!("netns {netns}"),
+            }),
+            Self::Cgroup => Some(format!("cgroup {} netns {netns}", caller.cgroup_id)),
+        }
+    }
+}
