@@ -6,6 +6,7 @@
 
 pub mod docker;
 pub mod load;
+pub mod nested;
 
 use std::{
     ffi::OsStr,

@@ -1,18 +1,15 @@
 //! Real containers, and networks like theirs, behind the guard.
 
-use std::{
-    os::fd::{AsFd as _, AsRawFd as _},
-    process::Command,
-};
+use std::process::Command;
 
 use imds_guard::{
-    lab::{NetNs, Place, Room, fake_imds::INSTANCE_ID, links},
+    lab::{Place, Room, fake_imds::INSTANCE_ID},
     policy::{
         Imds, Reason, Verdict,
         caller::{Netns, Runtime},
     },
 };
-use imds_guard_tests::{Sandbox, docker::Docker, run};
+use imds_guard_tests::{Sandbox, docker::Docker, nested::Nested, run};
 
 use crate::{GUARD, INSTANCE_ID_PATH};
 
@@ -194,82 +191,35 @@ fn a_namespace_behind_a_bridge_is_guarded() {
     assert_eq!(sandbox.lab.imds().counters().connections, 0);
 }
 
-/// A namespace that a container made, in the container's cgroup and behind its network.
-struct Nested {
-    namespace: NetNs,
-    outer: Room,
-}
-
-impl Nested {
-    const NETWORKS: [(&str, &str); 2] = [
-        ("10.99.0.0/24", "10.88.1.2"),
-        ("2001:db8:99::/64", "2001:db8:88:1::2"),
-    ];
-
-    fn new(sandbox: &Sandbox) -> Self {
-        let outer = sandbox.lab.add_container("outer").unwrap();
-        let namespace = NetNs::new().unwrap();
-        links::veth((outer.ns(), "nested0"), (&namespace, "eth0")).unwrap();
-        for (near, far, prefix, all) in [
-            ("10.99.0.1", "10.99.0.2", 24, "0.0.0.0"),
-            ("2001:db8:99::1", "2001:db8:99::2", 64, "::"),
-        ] {
-            let near = near.parse().unwrap();
-            links::add_address(outer.ns(), "nested0", near, prefix).unwrap();
-            links::add_address(&namespace, "eth0", far.parse().unwrap(), prefix).unwrap();
-            links::add_route(&namespace, all.parse().unwrap(), 0, near).unwrap();
-        }
-        for name in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-            outer.ns().sysctl(name, "1").unwrap();
-        }
-        Self { namespace, outer }
+/// Asks over IPv4 and IPv6, which the guard must refuse and count three hops for.
+fn assert_guarded(nested: &Nested, sandbox: &Sandbox) {
+    for address in ADDRESSES {
+        assert_eq!(
+            v1_status(&mut nested.command("curl"), address),
+            "401",
+            "{address}"
+        );
+        let event = sandbox.request();
+        assert_eq!((event.caller.netns, event.hops), (Netns::Other, 3));
+        assert_eq!(event.caller.comm, "curl");
+        let cgroup = event.caller.cgroup.as_deref();
+        assert!(cgroup.unwrap().ends_with("/outer"), "{cgroup:?}");
     }
-
-    fn command(&self, program: &str) -> Command {
-        let (pid, fd) = (std::process::id(), self.namespace.as_fd().as_raw_fd());
-        let mut command = self.outer.command("nsenter");
-        command
-            .arg(format!("--net=/proc/{pid}/fd/{fd}"))
-            .arg(program);
-        command
-    }
-
-    /// Asks over IPv4 and IPv6, which the guard must refuse and count three hops for.
-    fn assert_guarded(&self, sandbox: &Sandbox) {
-        for address in ADDRESSES {
-            assert_eq!(
-                v1_status(&mut self.command("curl"), address),
-                "401",
-                "{address}"
-            );
-            let event = sandbox.request();
-            assert_eq!((event.caller.netns, event.hops), (Netns::Other, 3));
-            assert_eq!(event.caller.comm, "curl");
-            let cgroup = event.caller.cgroup.as_deref();
-            assert!(cgroup.unwrap().ends_with("/outer"), "{cgroup:?}");
-        }
-        assert_eq!(sandbox.lab.imds().counters().connections, 0);
-    }
+    assert_eq!(sandbox.lab.imds().counters().connections, 0);
 }
 
 #[test]
 fn a_namespace_within_a_container_is_guarded() {
     let sandbox = Sandbox::new(GUARD, &["--mode", "enforce"]);
-    let nested = Nested::new(&sandbox);
-    // The host knows the way back.
-    for (network, gateway) in Nested::NETWORKS {
-        ip(
-            sandbox.lab.room(Place::Host),
-            &format!("route add {network} via {gateway}"),
-        );
-    }
-    nested.assert_guarded(&sandbox);
+    let nested = Nested::new(&sandbox.lab);
+    nested.show_the_way_back(&sandbox.lab);
+    assert_guarded(&nested, &sandbox);
 }
 
 #[test]
 fn a_namespace_behind_a_containers_masquerade_is_guarded() {
     let sandbox = Sandbox::new(GUARD, &["--mode", "enforce"]);
-    let nested = Nested::new(&sandbox);
+    let nested = Nested::new(&sandbox.lab);
     // Other ports than the clients chose, as they would all be translated on a busy host.
     for (program, source) in ["iptables", "ip6tables"].into_iter().zip(Nested::NETWORKS) {
         let words = format!(
@@ -278,5 +228,5 @@ fn a_namespace_behind_a_containers_masquerade_is_guarded() {
         );
         done(nested.outer.command(program).args(words.split(' ')));
     }
-    nested.assert_guarded(&sandbox);
+    assert_guarded(&nested, &sandbox);
 }

@@ -9,6 +9,7 @@ mod clients;
 mod command_line;
 mod containers;
 mod demo;
+mod distance;
 mod doctor;
 mod events;
 mod faults;
@@ -16,6 +17,9 @@ mod lab;
 mod lifecycle;
 mod load;
 mod redirect;
+mod strict;
+mod tokens;
+mod upgrade;
 
 /// imds-guard's command line.
 const GUARD: &str = env!("CARGO_BIN_EXE_guard-under-test");

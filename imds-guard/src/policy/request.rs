@@ -176,6 +176,7 @@ fn is_ttl(value: &HeaderValue) -> bool {
 mod tests {
     use super::*;
 
+    type Headers = Vec<(&'static str, &'static str)>;
     type Reading = Result<(Imds, bool, Option<Flaw>), Malformed>;
 
     fn classify(method: &str, target: &str, headers: &[(&str, &str)]) -> Reading {
@@ -204,7 +205,7 @@ mod tests {
         let v1 = Ok((Imds::V1, false, None));
         let v2 = Ok((Imds::V2, false, None));
         #[rustfmt::skip]
-        let table: Vec<(&str, &str, Vec<(&str, &str)>, Reading)> = vec![
+        let table: Vec<(&str, &str, Headers, Reading)> = vec![
             ("PUT", put, vec![hour], asks),
             ("PUT", "/2021-07-15/api/token", vec![hour], asks),
             ("PUT", "http://other.example/latest/api/token", vec![hour], asks),
