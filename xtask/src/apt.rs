@@ -80,15 +80,41 @@ pub fn unpack(packages: &[&str], folder: &Path) -> Result<()> {
     fs::remove_dir_all(&downloads).with_context(|| format!("cannot remove {}", downloads.display()))
 }
 
+/// Unpacks packages into a folder that has its name only when it is complete.
+pub fn unpack_once(packages: &[&str], folder: &Path) -> Result<()> {
+    if folder.exists() {
+        return Ok(());
+    }
+    if !is_here() {
+        bail!(
+            "this host has no apt-get to fetch what Debian calls {}",
+            packages.join(", ")
+        );
+    }
+    if let Some(parent) = folder.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let unfinished = folder.with_extension("unfinished");
+    unpack(packages, &unfinished)?;
+    fs::rename(&unfinished, folder)
+        .with_context(|| format!("cannot rename {}", unfinished.display()))
+}
+
 /// The libraries that packages depend on.
 fn libraries(packages: &[&str]) -> Vec<String> {
+    let all = packages.iter().flat_map(|package| depends(package));
+    all.filter(|name| name.starts_with("lib")).collect()
+}
+
+/// The packages that a package depends on.
+pub fn depends(package: &str) -> Vec<String> {
     let mut query = Command::new("apt-cache");
-    query.args(["depends", "--important"]).args(packages);
+    query.args(["depends", "--important", package]);
     let answer = process::output(&mut query).unwrap_or_default();
     answer
         .lines()
-        .filter_map(|line| line.trim().strip_prefix("Depends: lib"))
-        .map(|name| format!("lib{name}"))
+        .filter_map(|line| line.trim().strip_prefix("Depends: "))
+        .map(str::to_owned)
         .collect()
 }
 

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 mod apt;
 mod bench;
 mod build;
+mod clients;
 mod demo;
 mod lint;
 mod privilege;

@@ -12,7 +12,7 @@ use xtask::{
     process::{self, cargo},
 };
 
-use crate::{apt, privilege::is_root};
+use crate::{apt, clients, privilege::is_root};
 
 /// A program, and the package that brings it.
 type Need = (&'static str, &'static str);
@@ -21,7 +21,13 @@ type Need = (&'static str, &'static str);
 const NEEDS: [Need; 3] = [("curl", "curl"), ("ip", "iproute2"), ("python3", "python3")];
 
 /// What only the tests call.
-const TEST_NEEDS: [Need; 2] = [("busybox", "busybox-static"), ("iptables", "iptables")];
+const TEST_NEEDS: [Need; 5] = [
+    ("busybox", "busybox-static"),
+    ("iptables", "iptables"),
+    ("node", "nodejs"),
+    ("npm", "npm"),
+    ("wget", "wget"),
+];
 
 /// The packages of Docker; some releases have its command line in one of its own.
 const DOCKER: [&str; 3] = ["docker.io", "containerd", "runc"];
@@ -75,7 +81,8 @@ pub fn run_for_tests() -> Result<()> {
     if !packages.is_empty() {
         apt::install(&packages)?;
     }
-    install_docker()
+    install_docker()?;
+    clients::install()
 }
 
 /// Puts Docker into the tools folder, unless the host has one. Installed as a package it would start,
@@ -93,11 +100,7 @@ fn install_docker() -> Result<()> {
     if apt::offers(&[DOCKER_CLI]) {
         packages.push(DOCKER_CLI);
     }
-    // Named as it is to be only when it is complete.
-    let unfinished = bpf::tools().join("docker-unfinished");
-    apt::unpack(&packages, &unfinished)?;
-    fs::rename(&unfinished, &folder)
-        .with_context(|| format!("cannot rename {}", unfinished.display()))
+    apt::unpack_once(&packages, &folder)
 }
 
 /// Installs what the benchmark needs on top.

@@ -41,8 +41,14 @@ const NEEDS: [(&str, &str); 6] = [
     ("strip", "binutils"),
 ];
 
-/// The tests that are about the kernel: redirect, attribution, layers, life of the programs, bypasses.
-const TESTS: [&str; 4] = ["redirect::", "caller::", "lifecycle::", "bypass::"];
+/// The tests that are about the kernel: redirect, attribution, layers, life of the programs, bypasses, hops.
+const TESTS: [&str; 5] = [
+    "redirect::",
+    "caller::",
+    "lifecycle::",
+    "bypass::",
+    "distance::",
+];
 
 /// What the last line of a machine begins with; the tests' exit code follows.
 const MARK: &str = "IMDS-GUARD-VM-TEST";
