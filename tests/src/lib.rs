@@ -7,6 +7,7 @@
 pub mod docker;
 pub mod load;
 pub mod nested;
+pub mod servers;
 
 use std::{
     ffi::OsStr,

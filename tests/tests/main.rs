@@ -13,6 +13,7 @@ mod distance;
 mod doctor;
 mod events;
 mod faults;
+mod holes;
 mod lab;
 mod lifecycle;
 mod load;

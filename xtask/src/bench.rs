@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: what the guard costs, measured with nginx and wrk.
+//! `cargo xtask bench`: what the guard costs, measured with nginx, haproxy and wrk.
 
 use std::{ffi::OsString, process::Command};
 

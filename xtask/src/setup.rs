@@ -1,10 +1,6 @@
 //! `cargo xtask setup`: installs what is missing, and is quick where nothing is.
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{env, fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, bail};
 use xtask::{
@@ -34,7 +30,10 @@ const DOCKER: [&str; 3] = ["docker.io", "containerd", "runc"];
 const DOCKER_CLI: &str = "docker-cli";
 
 /// What only the benchmark calls.
-const BENCH_NEEDS: [Need; 2] = [("nginx", "nginx-light"), ("wrk", "wrk")];
+const BENCH_NEEDS: [Need; 1] = [("wrk", "wrk")];
+
+/// What tests and benchmark are put beside.
+const PROXIES: [&str; 2] = ["nginx", "haproxy"];
 
 /// Packages that together are a compiler for BPF: Debian's own, and its newer one in old releases.
 const COMPILERS: [[&str; 2]; 2] = [
@@ -82,6 +81,7 @@ pub fn run_for_tests() -> Result<()> {
         apt::install(&packages)?;
     }
     install_docker()?;
+    install_proxies()?;
     clients::install()
 }
 
@@ -106,14 +106,18 @@ fn install_docker() -> Result<()> {
 /// Installs what the benchmark needs on top.
 pub fn run_for_bench() -> Result<()> {
     run()?;
+    install_proxies()?;
     let packages = missing(&BENCH_NEEDS);
     if packages.is_empty() {
         return Ok(());
     }
-    apt::install(&packages)?;
-    // The package starts a server on port 80 that nobody here asked for.
-    if packages.contains(&"nginx-light") && Path::new("/run/systemd/system").exists() {
-        process::run(Command::new("systemctl").args(["disable", "--now", "nginx.service"]))?;
+    apt::install(&packages)
+}
+
+/// Puts proxies into the tools folder. Installed as packages they would start.
+fn install_proxies() -> Result<()> {
+    for name in PROXIES {
+        apt::unpack_once(&[name], &bpf::tools().join(name))?;
     }
     Ok(())
 }

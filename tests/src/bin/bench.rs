@@ -1,5 +1,5 @@
 //! What the guard costs, measured in one run beside the same client going straight to the service
-//! and through nginx as a plain reverse proxy: `cargo xtask bench`.
+//! and through nginx and haproxy as plain reverse proxies: `cargo xtask bench`.
 //!
 //! Everything happens in a lab's namespaces, is bounded, and stops by itself.
 
@@ -8,7 +8,7 @@ use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{TcpListener, TcpStream, UdpSocket},
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -21,9 +21,11 @@ use imds_guard::{
     kernel::probe,
     lab::{CONTAINER_V4, Guard, Lab, LabConfig, Place, Room},
 };
+use imds_guard_tests::servers::Server;
 
 const SERVICE: &str = "http://169.254.169.254";
 const NGINX: &str = "http://127.0.0.1:8080";
+const HAPROXY: &str = "http://127.0.0.1:8081";
 const PATH: &str = "/latest/meta-data/instance-id";
 
 /// How long each load lasts.
@@ -60,8 +62,7 @@ fn bench() -> Result<()> {
         guard_program.display()
     );
     let token = token(room)?;
-    // In a cgroup of its own, so that what it does to its upstream is not counted with the rest.
-    let nginx = Nginx::start(&lab)?;
+    let proxies = proxies(&lab)?;
 
     println!("connects that are not ours, {CONNECTS} each (nanoseconds)");
     println!("{:<22}{:>12}{:>22}", "", "UDP connect", "TCP connect+close");
@@ -80,7 +81,10 @@ fn bench() -> Result<()> {
     streams(&lab, &guard_program)?;
 
     println!("\nv2 GET of the instance id, {DURATION} each");
-    println!("{:<50}{:>12}{:>12}{:>12}", "", "requests/s", "p50", "p99");
+    println!(
+        "{:<50}{:>12}{:>12}{:>12}{:>12}",
+        "", "requests/s", "p50", "p99", "packets"
+    );
     for connections in CONNECTIONS {
         for header in [None, Some("Connection: close")] {
             let load = Load {
@@ -91,12 +95,16 @@ fn bench() -> Result<()> {
             };
             load.run("straight", SERVICE)?;
             load.run("nginx", NGINX)?;
+            load.run("haproxy", HAPROXY)?;
             let guard = start(&lab, &guard_program)?;
+            // As clients have it: sealed, and good for this guard's successors.
+            let token = &self::token(room)?;
+            let load = Load { token, ..load };
             load.run("imds-guard", SERVICE)?;
             guard.stop()?;
         }
     }
-    drop(nginx);
+    drop(proxies);
     Ok(())
 }
 
@@ -280,7 +288,9 @@ impl Load<'_> {
         if let Some(header) = self.header {
             wrk.args(["--header", header]);
         }
+        let before = packets(self.room)?;
         let text = output(wrk.arg(format!("{to}{PATH}")))?;
+        let sent = packets(self.room)? - before;
         ensure!(!text.contains("Non-2xx"), "{name}: {text}");
         let value = |label: &str| {
             let line = text
@@ -296,14 +306,25 @@ impl Load<'_> {
             "kept alive"
         };
         println!(
-            "{:<50}{:>12}{:>12}{:>12}",
+            "{:<50}{:>12}{:>12}{:>12}{:>12.2}",
             format!("{name}, {} at a time, {how}", self.connections),
             value("Requests/sec:"),
             value("50%"),
-            value("99%")
+            value("99%"),
+            sent as f64 / requests(&text)?
         );
         Ok(())
     }
+}
+
+/// How many requests wrk has made.
+fn requests(text: &str) -> Result<f64> {
+    let line = text.lines().find(|line| line.contains(" requests in "));
+    let count = line.and_then(|line| line.split_whitespace().next());
+    count
+        .context("no number of requests")?
+        .parse()
+        .context("no number")
 }
 
 fn output(command: &mut Command) -> Result<String> {
@@ -321,65 +342,35 @@ fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Debian's nginx as a plain reverse proxy with kept-alive upstream connections.
-struct Nginx {
-    child: Child,
-    _room: Room,
-    directory: std::path::PathBuf,
+/// nginx and haproxy as plain reverse proxies with kept-alive upstream connections, in cgroups of their
+/// own, so that what they do to their upstream is not counted with the rest.
+fn proxies(lab: &Lab) -> Result<[Server; 2]> {
+    let nginx = "upstream imds { server 169.254.169.254:80; keepalive 32; }\n\
+                 server {\n\
+                   listen 127.0.0.1:8080;\n\
+                   location / { proxy_pass http://imds; proxy_http_version 1.1;\n\
+                                proxy_set_header Connection \"\"; }\n\
+                 }";
+    let haproxy = "global\n  nbthread 2\n\
+                   defaults\n  mode http\n  timeout connect 5s\n  timeout client 30s\n\
+                   \x20 timeout server 30s\n  http-reuse always\n\
+                   frontend front\n  bind 127.0.0.1:8081\n  default_backend imds\n\
+                   backend imds\n  server imds 169.254.169.254:80\n";
+    Ok([
+        Server::nginx(lab.add_room(Place::Host, "nginx")?, nginx)?,
+        Server::haproxy(lab.add_room(Place::Host, "haproxy")?, haproxy)?,
+    ])
 }
 
-impl Nginx {
-    fn start(lab: &Lab) -> Result<Self> {
-        let directory = env::temp_dir().join(format!("imds-guard-bench-{}", std::process::id()));
-        fs::create_dir_all(&directory)?;
-        let path = directory.display();
-        let config = format!(
-            "pid {path}/pid; error_log {path}/error; worker_processes 2; user root;\n\
-             events {{ }}\n\
-             http {{\n\
-               access_log {path}/access;\n\
-               client_body_temp_path {path}/1; proxy_temp_path {path}/2; fastcgi_temp_path {path}/3;\n\
-               uwsgi_temp_path {path}/4; scgi_temp_path {path}/5;\n\
-               upstream imds {{ server 169.254.169.254:80; keepalive 32; }}\n\
-               server {{\n\
-                 listen 127.0.0.1:8080;\n\
-                 location / {{ proxy_pass http://imds; proxy_http_version 1.1;\n\
-                               proxy_set_header Connection \"\"; }}\n\
-               }}\n\
-             }}\n"
-        );
-        let file = directory.join("nginx.conf");
-        fs::File::create(&file)?.write_all(config.as_bytes())?;
-        let room = lab.add_room(Place::Host, "nginx")?;
-        let mut nginx = room.command("nginx");
-        nginx.arg("-c").arg(&file).args(["-g", "daemon off;"]);
-        let child = nginx.spawn().context("nginx cannot be run")?;
-        let nginx = Self {
-            child,
-            _room: room,
-            directory,
-        };
-        // It listens when curl's first attempt that is not refused is answered.
-        let mut curl = lab.command(Place::Host, "curl");
-        curl.args([
-            "--silent",
-            "--output",
-            "/dev/null",
-            "--retry",
-            "50",
-            "--retry-connrefused",
-        ]);
-        output(curl.args(["--retry-delay", "1", "http://127.0.0.1:8080/"]))?;
-        Ok(nginx)
-    }
-}
-
-impl Drop for Nginx {
-    fn drop(&mut self) {
-        let _ended = self.child.kill();
-        let _reaped = self.child.wait();
-        let _removed = fs::remove_dir_all(&self.directory);
-    }
+/// Packets that the host has sent to the service.
+fn packets(room: &Room) -> Result<u64> {
+    let text = output(
+        room.command("ip")
+            .args(["-s", "-j", "link", "show", "eth0"]),
+    )?;
+    let links: serde_json::Value = serde_json::from_str(&text)?;
+    let sent = &links[0]["stats64"]["tx"]["packets"];
+    sent.as_u64().context("no count of packets")
 }
 
 /// Connects to this namespace's own loopback, and prints the mean time of each kind.
