@@ -9,6 +9,7 @@ mod bench;
 mod build;
 mod clients;
 mod demo;
+mod fuzz;
 mod lint;
 mod privilege;
 mod setup;
@@ -24,6 +25,8 @@ Usage: cargo xtask TASK [ARGUMENTS]
   test  [ARGS]     run all tests (needs root); ARGS go to `cargo test`
   vm-test [ARGS]   run the kernel tests on older kernels, in qemu (needs root); ARGS are
                    kernels (5.10) and tests, in place of all
+  fuzz [ARGS]      fuzz what clients control; ARGS are targets (head, event), in place of all, and
+                   seconds for each
   lint             rustfmt, clippy (the kernel programs too) and cargo-deny
   bench [ARGS]     measure what the guard costs (needs root); ARGS go to the benchmark
 ";
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Some("test") => test::run(&args),
         Some("lint") => no_arguments(&args).and_then(|()| lint::run()),
         Some("vm-test") => vm::run(&args),
+        Some("fuzz") => fuzz::run(&args),
         Some("bench") => bench::run(&args),
         Some("help" | "-h" | "--help") => {
             print!("{HELP}");

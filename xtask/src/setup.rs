@@ -32,6 +32,9 @@ const DOCKER_CLI: &str = "docker-cli";
 /// What only the benchmark calls.
 const BENCH_NEEDS: [Need; 1] = [("wrk", "wrk")];
 
+/// What only fuzzing calls: libFuzzer is C++.
+const FUZZ_NEEDS: [Need; 1] = [("c++", "g++")];
+
 /// What tests and benchmark are put beside.
 const PROXIES: [&str; 2] = ["nginx", "haproxy"];
 
@@ -101,6 +104,16 @@ fn install_docker() -> Result<()> {
         packages.push(DOCKER_CLI);
     }
     apt::unpack_once(&packages, &folder)
+}
+
+/// Installs what fuzzing needs on top.
+pub fn run_for_fuzz() -> Result<()> {
+    run()?;
+    let packages = missing(&FUZZ_NEEDS);
+    if packages.is_empty() {
+        return Ok(());
+    }
+    apt::install(&packages)
 }
 
 /// Installs what the benchmark needs on top.

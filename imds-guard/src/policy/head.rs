@@ -128,12 +128,12 @@ fn field(line: &[u8]) -> Result<(&[u8], &[u8]), Malformed> {
     }
     let colon = line.iter().position(|byte| *byte == b':');
     let (name, value) = line.split_at(colon.ok_or(Malformed::Header)?);
-    let value = value[1..].trim_ascii();
+    let value = &value[1..];
     let is_text = |byte: &u8| matches!(byte, b'\t' | b' '..=b'~' | 0x80..);
     if !is_token(name) || !value.iter().all(is_text) {
         return Err(Malformed::Header);
     }
-    Ok((name, value))
+    Ok((name, value.trim_ascii()))
 }
 
 /// RFC 9110, 5.6.2.
@@ -209,6 +209,7 @@ mod tests {
             ("GET / HTTP/1.1\r\n: b\r\n\r\n", Err(Malformed::Header)),
             ("GET / HTTP/1.1\r\nA\r\n\r\n", Err(Malformed::Header)),
             ("GET / HTTP/1.1\r\nA: \u{7f}\r\n\r\n", Err(Malformed::Header)),
+            ("GET / HTTP/1.1\r\nHost:\u{c} x\r\n\r\n", Err(Malformed::Header)),
             ("PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n", Err(Malformed::Framing)),
             ("PUT / HTTP/1.1\r\nContent-Length: 1\r\ncontent-length: 2\r\n\r\n", Err(Malformed::Framing)),
             ("PUT / HTTP/1.1\r\nContent-Length: 1, 1\r\n\r\n", Err(Malformed::Framing)),
