@@ -14,6 +14,7 @@ mod doctor;
 mod events;
 mod faults;
 mod holes;
+mod http;
 mod lab;
 mod lifecycle;
 mod load;
