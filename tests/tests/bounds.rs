@@ -37,7 +37,13 @@ struct Rig {
 
 impl Rig {
     async fn new(limits: Limits, body: &'static [u8]) -> Self {
-        let upstream = serve_canned(body).await;
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+        Self::in_front_of(limits, vec![[head.as_bytes(), body].concat()]).await
+    }
+
+    /// In front of a service that answers with these pieces.
+    async fn in_front_of(limits: Limits, answer: Vec<Vec<u8>>) -> Self {
+        let upstream = serve_canned(answer).await;
         let (events, output) = std::io::pipe().unwrap();
         let (recorder, writer) = Recorder::start("test", output).unwrap();
         let listener = listen(LOCALHOST, &limits).unwrap();
@@ -131,19 +137,22 @@ async fn everything(stream: &mut TcpStream) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
-/// A metadata service that says the same to everybody.
-async fn serve_canned(body: &'static [u8]) -> SocketAddr {
+/// A metadata service that says the same to everybody, piece by piece, and hangs up if it says so.
+async fn serve_canned(answer: Vec<Vec<u8>>) -> SocketAddr {
     let listener = TcpListener::bind(LOCALHOST).await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
+            let answer = answer.clone();
             tokio::spawn(async move {
                 let mut buffer = [0; 65536];
                 while let Ok(1..) = stream.read(&mut buffer).await {
-                    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
-                    if stream.write_all(head.as_bytes()).await.is_err()
-                        || stream.write_all(body).await.is_err()
-                    {
+                    for piece in &answer {
+                        if stream.write_all(piece).await.is_err() {
+                            return;
+                        }
+                    }
+                    if answer[0].ends_with(b"Connection: close\r\n\r\n") {
                         return;
                     }
                 }
@@ -314,6 +323,31 @@ async fn an_endless_answer_of_the_service_is_a_502() {
         .await;
     assert_eq!(status(&answer), "502");
     rig.finish().await;
+}
+
+/// Answers whose length is not known beforehand arrive whole, and half of one is a 502.
+#[tokio::test]
+async fn streamed_answers_arrive_whole() {
+    let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let closed = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
+    let cut = "HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\n";
+    for (pieces, status_expected, body) in [
+        (
+            vec![chunked, "3\r\nuse", "\r\n5\r\nr-dat\r\n1\r\na\r\n0\r\n\r\n"],
+            "200",
+            "user-data",
+        ),
+        (vec![closed, "user", "-data"], "200", "user-data"),
+        (vec![cut, "user"], "502", "</html>"),
+    ] {
+        let pieces = pieces.into_iter().map(|piece| piece.as_bytes().to_vec());
+        let rig = Rig::in_front_of(Limits::default(), pieces.collect()).await;
+        let request = format!("GET / HTTP/1.1\r\nHost: x\r\n{V2}Connection: close\r\n\r\n");
+        let answer = rig.ask(&request).await;
+        assert_eq!(status(&answer), status_expected, "{answer}");
+        assert!(answer.trim_end().ends_with(body), "{answer}");
+        rig.finish().await;
+    }
 }
 
 #[tokio::test]
