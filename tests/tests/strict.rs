@@ -97,6 +97,9 @@ fn a2_a3_a4_b4_what_is_ambiguous_is_refused_everywhere() {
                 "{request:?}"
             );
             assert!(event.caller.comm.starts_with("python"));
+            let is_method = ["GET", "PUT", "CONNECT", "OPTIONS", "PRI", ""];
+            assert!(is_method.contains(&event.method.as_str()), "{request:?}");
+            assert!(event.path.is_empty() || event.path.starts_with(['/', '*']));
         }
     }
     assert_eq!(sandbox.lab.imds().counters().connections, 0);

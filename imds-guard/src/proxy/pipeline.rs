@@ -152,9 +152,13 @@ impl Proxy {
     /// Records what was no request, and says what to answer.
     pub(super) fn refuse(&self, from: &Connection, refused: &Refused) -> StatusCode {
         let outcome = Outcome::malformed(refused.malformed);
-        let line = String::from_utf8_lossy(&refused.line);
-        let (method, rest) = line.split_once(' ').unwrap_or((&line, ""));
+        // What is no request line may be anything, a body with a secret in it, too.
+        let line = str::from_utf8(&refused.line).unwrap_or_default();
+        let (method, rest) = line.split_once(' ').unwrap_or_default();
+        let is_request = method.bytes().all(|byte| byte.is_ascii_uppercase());
+        let (method, rest) = if is_request { (method, rest) } else { ("", "") };
         let target = rest.split([' ', '?']).next().unwrap_or_default();
+        let target = if target.starts_with('/') { target } else { "" };
         let asked = Asked {
             imds: None,
             method: shortened(method, MAX_METHOD),
