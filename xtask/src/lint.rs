@@ -17,6 +17,9 @@ const DENY_VERSION: &str = "0.20.2";
 pub fn run() -> Result<()> {
     setup::run()?;
     check(["fmt", "--all", "--check"])?;
+    for outside in ["fuzz/Cargo.toml", "tests/clients/rust/Cargo.toml"] {
+        check(["fmt", "--check", "--manifest-path", outside])?;
+    }
     check([
         "clippy",
         "--workspace",
