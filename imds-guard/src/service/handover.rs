@@ -57,15 +57,23 @@ pub fn from_process(pid: u32, pins: &Pins) -> anyhow::Result<Legacy> {
         let Some(number) = file.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
-        let copy = || {
-            pidfd_getfd(process.as_fd(), number)
-                .with_context(|| format!("process {pid} does not hand over its listeners"))
+        let Ok(kind) = fs::metadata(file.path()).map(|meta| meta.file_type()) else {
+            continue;
         };
-        let kind = fs::metadata(file.path()).map(|meta| meta.file_type());
-        if kind.as_ref().is_ok_and(|kind| kind.is_socket()) {
-            listeners.extend(listener(copy()?));
-        } else if kind.is_ok_and(|kind| kind.is_dir()) {
-            charge = charge.or(pins.share_charge(copy()?));
+        if !kind.is_socket() && !kind.is_dir() {
+            continue;
+        }
+        let copy = match pidfd_getfd(process.as_fd(), number) {
+            // A client's connection that has ended meanwhile; listeners stay.
+            Err(error) if error.raw_os_error() == Some(libc::EBADF) => continue,
+            copy => {
+                copy.with_context(|| format!("process {pid} does not hand over its listeners"))?
+            }
+        };
+        if kind.is_socket() {
+            listeners.extend(listener(copy));
+        } else {
+            charge = charge.or(pins.share_charge(copy));
         }
     }
     let charge = charge.with_context(|| format!("process {pid} is not in charge of the pins"))?;
