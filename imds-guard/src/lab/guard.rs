@@ -12,7 +12,10 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, waitpid},
+    },
     unistd::Pid,
 };
 
@@ -124,13 +127,18 @@ impl Guard {
         self.events.try_iter()
     }
 
-    /// Sends it a signal.
+    /// Sends it a signal. After SIGSTOP, returns when all of its threads stand still.
     ///
     /// # Errors
     /// It is gone.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id()).context("a pid beyond all bounds")?;
-        kill(Pid::from_raw(pid), signal).context("the guard cannot be signalled")
+        let pid = Pid::from_raw(pid);
+        kill(pid, signal).context("the guard cannot be signalled")?;
+        if signal == Signal::SIGSTOP {
+            waitpid(pid, Some(WaitPidFlag::WUNTRACED)).context("the guard does not stop")?;
+        }
+        Ok(())
     }
 
     /// Kills it (SIGKILL) and waits until it is gone.
