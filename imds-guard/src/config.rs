@@ -1,4 +1,9 @@
-//! What the guard is told to do: resolved from the command line, without touching the system.
+//! What the guard is told to do: by files, the environment and the command line.
+
+mod example;
+mod files;
+mod keys;
+mod layers;
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
@@ -9,9 +14,17 @@ use std::{
 use clap::ValueEnum;
 use imds_guard_common::control;
 
+pub use example::{example, schema};
+pub use files::{CONFIG_FILE, drop_ins};
+pub use keys::{KernelLog, Keys};
+pub use layers::{Configuration, Layers, Origin};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::{
     failure::Failure,
-    identify::CommandLines,
+    identify::{CommandLines, workload},
     policy::{Mode, Policy},
 };
 
@@ -100,20 +113,21 @@ impl Upstreams {
     /// As [`Pair::with`].
     pub fn resolve(endpoints: Pair, given: &[SocketAddr]) -> Result<Self, Failure> {
         if let [only] = given {
-            endpoints.with(given, "--upstream")?;
+            endpoints.with(given, "upstream")?;
             return Ok(Self {
                 v4: *only,
                 v6: *only,
             });
         }
-        let [v4, v6] = endpoints.with(given, "--upstream")?.both();
+        let [v4, v6] = endpoints.with(given, "upstream")?.both();
         Ok(Self { v4, v6 })
     }
 }
 
 /// What becomes of connections while no daemon is there to decide: after a crash, and after a stop that
 /// leaves the kernel programs in place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum OnFailure {
     /// They are refused.
     Closed,
@@ -142,7 +156,8 @@ impl From<OnFailure> for control::OnFailure {
 }
 
 /// What becomes of the kernel programs when the daemon is told to stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum OnStop {
     /// They stay, and follow [`OnFailure`] until the next daemon takes over.
     Keep,
@@ -261,10 +276,10 @@ pub struct Settings {
     pub uplinks: Uplinks,
     /// Whether the backstop judges packets.
     pub backstop: bool,
-    /// What happens while no daemon is there.
-    pub on_failure: OnFailure,
-    /// What becomes of the kernel programs at the end.
-    pub on_stop: OnStop,
+    /// What happens while no daemon is there; `None` is the mode's own.
+    pub on_failure: Option<OnFailure>,
+    /// What becomes of the kernel programs at the end; `None` is the mode's own.
+    pub on_stop: Option<OnStop>,
     /// Where links and maps are pinned.
     pub pins: PathBuf,
     /// Whether to take over from a daemon that is running.
@@ -283,15 +298,29 @@ pub struct Settings {
     pub kernel_log: log::LevelFilter,
     /// Bounds.
     pub limits: Limits,
+    /// Who is asked about containers and pods.
+    pub workloads: workload::Sources,
 }
 
 impl Settings {
+    /// What happens while no daemon is there.
+    #[must_use]
+    pub fn on_failure(&self) -> OnFailure {
+        self.on_failure.unwrap_or(OnFailure::of(self.policy.mode))
+    }
+
+    /// What becomes of the kernel programs at the end.
+    #[must_use]
+    pub fn on_stop(&self) -> OnStop {
+        self.on_stop.unwrap_or(OnStop::of(self.policy.mode))
+    }
+
     /// Checks what no single option can.
     ///
     /// # Errors
     /// Settings that contradict each other.
     pub fn validate(&self) -> Result<(), Failure> {
-        for (name, pair) in [("--listen", self.listeners), ("--endpoint", self.endpoints)] {
+        for (name, pair) in [("listen", self.listeners), ("endpoint", self.endpoints)] {
             if pair.v4.port() != pair.v6.port() {
                 return Err(Failure::Settings(format!(
                     "{name}: {} and {} must have the same port",
@@ -309,12 +338,12 @@ impl Settings {
                 .any(|endpoint| endpoint.ip() == listener.ip())
             {
                 return Err(Failure::Settings(format!(
-                    "--listen {listener}: that is the metadata service's own address"
+                    "listen {listener}: that is the metadata service's own address"
                 )));
             }
             if [self.upstreams.v4, self.upstreams.v6].contains(&listener) {
                 return Err(Failure::Settings(format!(
-                    "--upstream {listener}: that is the guard itself"
+                    "upstream {listener}: that is the guard itself"
                 )));
             }
         }
@@ -323,7 +352,7 @@ impl Settings {
             IpAddr::V6(_)
         ) {
             return Err(Failure::Settings(format!(
-                "--listen {}: an IPv4-mapped address is no IPv6 address",
+                "listen {}: an IPv4-mapped address is no IPv6 address",
                 self.listeners.v6
             )));
         }

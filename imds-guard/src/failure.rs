@@ -103,6 +103,26 @@ pub enum Failure {
         /// The layout of this version.
         known: &'static str,
     },
+    /// Exit code 21.
+    #[error(
+        "no imds-guard is running: nobody listens on {}; start it, or name its directory with \
+         --run-dir", path.display()
+    )]
+    NotRunning {
+        /// The control socket.
+        path: PathBuf,
+    },
+    /// Exit code 22.
+    #[error("cannot speak to imds-guard on {}: {error}; only root may", path.display())]
+    Control {
+        /// The control socket.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// Exit code 23.
+    #[error("{0}")]
+    Refused(String),
     /// Exit code 2, as for a bad option.
     #[error("{0}")]
     Settings(String),
@@ -116,7 +136,7 @@ pub const EXIT_CODES: &str = "\
 Exit codes:
    0  done
    1  an error that has no code of its own
-   2  bad option or argument
+   2  bad option, argument or configuration file
   10  not root, or a capability is missing
   11  no cgroup v2, or not the one asked for
   12  the kernel is too old
@@ -127,7 +147,10 @@ Exit codes:
   17  not in the host's pid namespace
   18  no BPF file system for the pins
   19  imds-guard is already running
-  20  pins of another version are in place";
+  20  pins of another version are in place
+  21  no imds-guard is running that could answer
+  22  the control socket cannot be opened
+  23  the running imds-guard refuses, and says why";
 
 impl Failure {
     /// The process's exit code.
@@ -147,6 +170,9 @@ impl Failure {
             Self::Bpffs { .. } => 18,
             Self::Running { .. } => 19,
             Self::Layout { .. } => 20,
+            Self::NotRunning { .. } => 21,
+            Self::Control { .. } => 22,
+            Self::Refused(_) => 23,
         })
     }
 }

@@ -2,10 +2,12 @@
 //!
 //! A request goes one way, and the modules follow it: [`kernel`] redirects the connection, [`proxy`]
 //! accepts it, [`identify`] names the caller, [`policy`] decides, [`proxy`] forwards or refuses,
-//! [`record`] writes what happened; [`tokens`] are valid only where they were issued. [`service`] puts them together. See `docs/ARCHITECTURE.md`.
+//! [`record`] writes what happened; [`tokens`] are valid only where
+//! they were issued. [`service`] puts them together, as [`config`] says and [`control`] changes. See `docs/ARCHITECTURE.md`.
 
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod failure;
 pub mod identify;
 pub mod kernel;
@@ -14,6 +16,5 @@ pub mod net;
 pub mod policy;
 pub mod proxy;
 pub mod record;
-pub mod rules;
 pub mod service;
 pub mod tokens;

@@ -1,14 +1,21 @@
 //! The command line: arguments here, one file for each command.
 
+mod config;
 mod demo;
 mod detach;
 mod doctor;
+mod events;
+mod explain;
+mod history;
+mod mode;
+mod policy;
 mod run;
 mod status;
+mod suggest;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::failure::EXIT_CODES;
 
@@ -40,6 +47,24 @@ enum Command {
     /// Show what is in force on this host
     #[command(long_about = status::ABOUT)]
     Status(status::Arguments),
+    /// Show what happens to requests, and what has happened
+    #[command(long_about = events::ABOUT)]
+    Events(events::Arguments),
+    /// Show which rule decides about a request, and why the others do not
+    #[command(long_about = explain::ABOUT)]
+    Explain(Box<explain::Arguments>),
+    /// Switch the mode of the guard that is running, for some time or until it ends
+    #[command(long_about = mode::ABOUT)]
+    Mode(mode::Arguments),
+    /// Have the guard that is running read its configuration again
+    #[command(long_about = mode::ABOUT_RELOAD)]
+    Reload(mode::ReloadArguments),
+    /// Have the guard that is running finish what it has begun, and end
+    Drain(mode::ReloadArguments),
+    /// Check, show or describe the configuration
+    Config(config::Arguments),
+    /// Write rules for what was seen
+    Policy(policy::Arguments),
     /// Remove what a guard has left on this host
     #[command(long_about = detach::ABOUT, after_long_help = EXIT_CODES)]
     Detach(detach::Arguments),
@@ -54,10 +79,18 @@ enum Command {
 /// Parses the arguments and does what they say.
 #[must_use]
 pub fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let matches = Arguments::command().get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(LOG_FILTER)).init();
     let done = match arguments.command {
-        Command::Run(arguments) => run::main(&arguments),
+        Command::Run(arguments) => run::main(&arguments, of_command(&matches)),
+        Command::Events(arguments) => events::main(&arguments),
+        Command::Explain(arguments) => explain::main(&arguments),
+        Command::Mode(arguments) => mode::main(&arguments),
+        Command::Reload(arguments) => mode::reload(&arguments),
+        Command::Drain(arguments) => mode::drain(&arguments),
+        Command::Config(arguments) => config::main(&arguments, of_command(&matches)),
+        Command::Policy(arguments) => policy::main(&arguments),
         Command::Status(arguments) => status::main(&arguments),
         Command::Detach(arguments) => detach::main(&arguments),
         Command::Demo(arguments) => demo::main(&arguments),
@@ -70,4 +103,36 @@ pub fn main() -> ExitCode {
             failure.exit_code()
         }
     }
+}
+
+/// What was given to the innermost command.
+fn of_command(matches: &ArgMatches) -> &ArgMatches {
+    match matches.subcommand() {
+        Some((_, inner)) => of_command(inner),
+        None => matches,
+    }
+}
+
+/// The time that is so long before now, as in `1h`, `14d` or `90m`.
+fn ago(text: &str) -> Result<jiff::Timestamp, String> {
+    let long = duration(text)?;
+    let then = jiff::Timestamp::now().checked_sub(long);
+    then.map_err(|_| format!("{text} is too long ago"))
+}
+
+/// A duration as in `1h`, `14d` or `90m`.
+fn duration(text: &str) -> Result<std::time::Duration, String> {
+    // jiff leaves out days, as they have not all the same length; in UTC they have.
+    let days = text
+        .strip_suffix('d')
+        .and_then(|days| days.parse::<u32>().ok());
+    if let Some(days) = days {
+        return Ok(std::time::Duration::from_secs(u64::from(days) * 24 * 3600));
+    }
+    let parsed: Result<jiff::SignedDuration, _> = text.parse();
+    let parsed = parsed
+        .ok()
+        .and_then(|it| std::time::Duration::try_from(it).ok());
+    let parsed = parsed.filter(|it| !it.is_zero());
+    parsed.ok_or_else(|| format!("\"{text}\" is no duration: write one as 30m, 2h or 14d"))
 }

@@ -32,6 +32,12 @@ impl Hierarchy {
         }
     }
 
+    /// The number of a cgroup.
+    pub fn id(&self, path: &str) -> Option<u64> {
+        let directory = self.mount.join(path.trim_start_matches('/'));
+        Some(fs::metadata(directory).ok()?.ino())
+    }
+
     /// The path of a cgroup below the mount point, beginning with a slash.
     pub fn path(&self, id: u64) -> Option<String> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);

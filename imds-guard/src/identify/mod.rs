@@ -4,19 +4,29 @@ mod cgroup;
 mod container;
 mod hierarchy;
 mod process;
+mod program;
 mod redact;
 mod users;
+pub mod workload;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use clap::ValueEnum;
 use imds_guard_common::flow::Origin;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
-use crate::policy::caller::{Caller, Netns, Sender, Unresolved};
+use crate::policy::{
+    Needs,
+    caller::{Caller, Missing, Netns, Sender, Unresolved},
+};
 use cgroup::Cgroups;
 use hierarchy::Hierarchy;
+pub use program::DIGESTERS;
+use program::Digests;
 use users::Users;
+use workload::{Wait, Workloads};
 
 /// How long reading a command line may take. It is the caller's own memory, and the caller can make
 /// the kernel wait for it (a FUSE file mapped over its arguments); everything else is answered by
@@ -28,7 +38,10 @@ const COMMAND_LINE_TIMEOUT: Duration = Duration::from_millis(200);
 pub const COMMAND_LINE_READERS: usize = 16;
 
 /// How much of a command line is recorded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
 pub enum CommandLines {
     /// With what looks like a secret replaced by `[redacted]`.
     #[default]
@@ -43,26 +56,35 @@ pub enum CommandLines {
 pub struct Resolver {
     proc: PathBuf,
     users: Users,
+    groups: Users,
     hierarchy: Hierarchy,
+    digests: Digests,
+    workloads: Workloads,
     netns_cookie: Option<u64>,
     command_lines: CommandLines,
     readers: Arc<Semaphore>,
 }
 
 impl Resolver {
-    /// A resolver that reads from this `/proc`, this passwd file and this cgroup v2 hierarchy. `netns_cookie` is that of the
+    /// A resolver that reads from this `/proc`, these files of users and groups, and this cgroup v2
+    /// hierarchy. `netns_cookie` is that of the
     /// guard's own network namespace; `None` before Linux 5.14, where `SO_NETNS_COOKIE` is missing.
     #[must_use]
     pub fn new(
         proc: impl Into<PathBuf>,
-        passwd: impl Into<PathBuf>,
+        (passwd, group): (&str, &str),
         cgroups: impl Into<PathBuf>,
+        workloads: Workloads,
         netns_cookie: Option<u64>,
         command_lines: CommandLines,
     ) -> Self {
+        let proc = proc.into();
         Self {
-            proc: proc.into(),
+            digests: Digests::new(proc.clone()),
+            proc,
             users: Users::of(passwd),
+            groups: Users::of(group),
+            workloads,
             hierarchy: Hierarchy::at(cgroups),
             netns_cookie,
             command_lines,
@@ -71,8 +93,9 @@ impl Resolver {
     }
 
     /// Names the process behind a connection. Never fails: what could not be read, or might belong
-    /// to another process, is missing, and the caller says that it is unresolved.
-    pub async fn resolve(&self, origin: &Origin) -> Caller {
+    /// to another process, is missing, and the caller says that it is unresolved. What takes an effort
+    /// is found out where it is needed.
+    pub async fn resolve(&self, origin: &Origin, needs: Needs) -> Caller {
         let mut caller = Caller {
             pid: origin.pid,
             tid: origin.tid,
@@ -85,23 +108,52 @@ impl Resolver {
             resolved: false,
             unresolved: None,
             exe: None,
+            exe_verified: false,
+            exe_sha256: None,
             command_line: None,
             started: None,
             parents: Vec::new(),
             cgroup: None,
             user: None,
+            group: None,
             systemd_unit: None,
             container_id: None,
             container_runtime: None,
             pod_uid: None,
+            container: None,
+            pod: None,
+            missing: Missing::default(),
         };
         let process = process::Process::open(&self.proc, origin);
         caller.netns = self.netns(origin, process.as_ref().ok());
         match process {
-            Ok(process) => self.describe(&mut caller, process).await,
+            Ok(process) => self.describe(&mut caller, process, needs).await,
             Err(why) => caller.unresolved = Some(why),
         }
         caller
+    }
+
+    /// Names a process that has not connected; `None` if there is none of that number.
+    pub async fn resolve_pid(&self, pid: u32, needs: Needs) -> Option<Caller> {
+        let mut origin = process::origin(&self.proc, pid)?;
+        let process = process::Process::open(&self.proc, &origin).ok()?;
+        if process.shares_netns(&self.proc) {
+            origin.netns_cookie = self.netns_cookie.unwrap_or_default();
+        }
+        let path = process.cgroup().and_then(|cgroup| cgroup.path());
+        origin.cgroup_id = path
+            .and_then(|path| self.hierarchy.id(&path))
+            .unwrap_or_default();
+        Some(self.resolve(&origin, needs).await)
+    }
+
+    /// Name of the user in whose login a process runs, whoever it has become since
+    /// (`/proc/PID/loginuid`); `None` for services.
+    #[must_use]
+    pub fn login(&self, pid: u32) -> Option<String> {
+        let file = self.proc.join(pid.to_string()).join("loginuid");
+        let uid = std::fs::read_to_string(file).ok()?.trim().parse().ok()?;
+        (uid != u32::MAX).then(|| self.users.name(uid).unwrap_or_else(|| uid.to_string()))
     }
 
     /// Cookie of the guard's own network namespace.
@@ -124,11 +176,23 @@ impl Resolver {
         }
     }
 
-    async fn describe(&self, caller: &mut Caller, process: process::Process) {
+    async fn describe(&self, caller: &mut Caller, process: process::Process, needs: Needs) {
         let cgroup = process.cgroup().unwrap_or_default();
         caller.exe = process.exe();
         caller.started = process.started();
+        caller.exe_verified = match &caller.exe {
+            Some(exe) => program::is_hosts(&self.proc, caller.pid, exe),
+            None => false,
+        };
         caller.parents = process.parents(&self.proc);
+        if needs.ancestors {
+            for parent in &mut caller.parents {
+                parent.exe_verified = match &parent.exe {
+                    Some(exe) => program::is_hosts(&self.proc, parent.pid, exe),
+                    None => false,
+                };
+            }
+        }
         caller.systemd_unit = cgroup.systemd_unit();
         let container = cgroup.container();
         caller.container_id = container.id;
@@ -138,7 +202,9 @@ impl Resolver {
         caller.cgroup = cgroup.path();
         if host_user {
             caller.user = self.users.name(caller.uid);
+            caller.group = self.groups.name(caller.gid);
         }
+        self.look_up(caller, needs).await;
         let process = Arc::new(process);
         caller.command_line = match self.command_lines {
             CommandLines::Off => None,
@@ -154,6 +220,29 @@ impl Resolver {
             caller.resolved = true;
         } else {
             caller.unresolved = Some(Unresolved::Gone);
+        }
+    }
+
+    /// Finds out what is not in `/proc`.
+    async fn look_up(&self, caller: &mut Caller, needs: Needs) {
+        let wait = |needed| if needed { Wait::Bounded } else { Wait::No };
+        if let Some(id) = &caller.container_id {
+            let runtime = caller.container_runtime;
+            let found = self
+                .workloads
+                .container(id, runtime, wait(needs.container))
+                .await;
+            caller.missing.container = needs.container && found.is_unknown();
+            caller.container = found.yes();
+        }
+        if let Some(uid) = &caller.pod_uid {
+            let found = self.workloads.pod(uid, wait(needs.pod)).await;
+            caller.missing.pod = needs.pod && found.is_unknown();
+            caller.pod = found.yes();
+        }
+        if needs.sha256 {
+            caller.exe_sha256 = self.digests.of(caller.pid).await;
+            caller.missing.sha256 = caller.exe_sha256.is_none();
         }
     }
 

@@ -110,6 +110,7 @@ impl Process {
             parents.push(Parent {
                 pid,
                 exe: exe(&process),
+                exe_verified: false,
             });
             child = stat;
         }
@@ -133,6 +134,29 @@ impl Process {
         let theirs = std::fs::read_link(proc.join(self.stat.pid.to_string()).join("ns/net"));
         matches!((own, theirs), (Ok(own), Ok(theirs)) if own == theirs) && self.is_alive()
     }
+}
+
+/// A process as if it had just connected.
+pub fn origin(proc: &Path, pid: u32) -> Option<Origin> {
+    let (process, _) = open(proc, pid).ok()?;
+    let status = process.status().ok()?;
+    let mut comm = [0; 16];
+    for (to, from) in comm.iter_mut().zip(status.name.bytes()).take(15) {
+        *to = from;
+    }
+    Some(Origin {
+        cookie: 0,
+        cgroup_id: 0,
+        netns_cookie: 0,
+        connected_at: u64::MAX,
+        pid,
+        tid: pid,
+        uid: status.ruid,
+        gid: status.rgid,
+        comm,
+        family: 1,
+        sequence: 0,
+    })
 }
 
 fn open(proc: &Path, pid: u32) -> Result<(ProcProcess, Stat), Unresolved> {

@@ -1,13 +1,14 @@
 //! Where a session token is valid.
 
 use clap::ValueEnum;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Caller;
+use super::{Caller, Mode};
 
 /// How widely a session token may be used. The service itself takes a token from anybody on the
 /// instance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Binding {
     /// Anywhere: tokens are handed out as the service gives them.
@@ -22,6 +23,15 @@ pub enum Binding {
 }
 
 impl Binding {
+    /// In audit mode nobody notices that the guard is there, or that it leaves.
+    #[must_use]
+    pub const fn of(mode: Mode) -> Self {
+        match mode {
+            Mode::Audit => Self::Off,
+            Mode::Enforce => Self::Container,
+        }
+    }
+
     /// What a caller shares with those that can use its token; `None` if that is everybody.
     #[must_use]
     pub fn scope(self, caller: &Caller) -> Option<String> {

@@ -1,5 +1,7 @@
 //! Who is asking.
 
+use std::{collections::BTreeMap, sync::Arc};
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// is always true. The second is read from `/proc` while the process waits for its answer, all of it
 /// from the process that connected (`resolved`), but as it is then: a process that has executed
 /// another program since it connected shows that one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Caller {
     /// Process id (the kernel's tgid) in the host's pid namespace.
     pub pid: u32,
@@ -37,6 +39,14 @@ pub struct Caller {
     /// mark for a file that is gone.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub exe: Option<String>,
+    /// Whether the host has that very file under that name (device and inode). Without it, `exe` is
+    /// a name that the process can have chosen: in a container or mount namespace of its own, or
+    /// after the file was replaced.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub exe_verified: bool,
+    /// SHA-256 of the file that runs, where a rule asks for it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub exe_sha256: Option<String>,
     /// The command line, as configured: with what looks like a secret replaced by `[redacted]`
     /// (default), whole, or not at all. The process can change it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -54,6 +64,9 @@ pub struct Caller {
     /// their own, unless it is the user who runs the container.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub user: Option<String>,
+    /// Name of the group on the host; given as `user` is.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub group: Option<String>,
     /// The systemd unit it runs in.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub systemd_unit: Option<String>,
@@ -66,6 +79,60 @@ pub struct Caller {
     /// UID of the Kubernetes pod it runs in; for static pods, the one that kubelet gave them.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub pod_uid: Option<String>,
+    /// What the runtime says of that container.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub container: Option<Arc<Container>>,
+    /// What Kubernetes says of that pod.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub pod: Option<Arc<Pod>>,
+    /// What could not be found out in time.
+    #[serde(skip)]
+    pub missing: Missing,
+}
+
+/// What could not be found out about a caller in time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// The digest of its program.
+    pub sha256: bool,
+    /// Its container.
+    pub container: bool,
+    /// Its pod.
+    pub pod: bool,
+}
+
+impl Missing {
+    /// Whether anything could not.
+    #[must_use]
+    pub const fn any(self) -> bool {
+        self.sha256 || self.container || self.pod
+    }
+}
+
+/// A container, as its runtime knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Container {
+    /// Its name.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub name: Option<String>,
+    /// The image it was made of.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub image: Option<String>,
+}
+
+/// A pod, as Kubernetes knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Pod {
+    /// Its name.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// The service account that it runs as.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub service_account: Option<String>,
+    /// Its labels.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// Who runs a container.
@@ -90,6 +157,9 @@ pub struct Parent {
     /// The running program; missing for kernel threads.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub exe: Option<String>,
+    /// As with the caller; looked for only where a rule asks for it.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub exe_verified: bool,
 }
 
 /// The socket behind a packet. Who holds it is not known: packets leave long after the call.
@@ -111,10 +181,11 @@ pub struct Sender {
 }
 
 /// Whose network namespace a socket lives in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Netns {
     /// The guard's own, the host's.
+    #[default]
     Host,
     /// Another one: a container's, for instance.
     Other,

@@ -7,7 +7,7 @@ use hyper::StatusCode;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Flaw, Imds, Malformed, Request, Terms};
+use super::{Binding, Flaw, Imds, Malformed, Request, Rule, RuleAction};
 
 /// What happens to requests that the policy does not want.
 #[derive(
@@ -60,6 +60,12 @@ pub enum Reason {
     NoToken,
     /// A rule carries it over from IMDSv1.
     Upgraded,
+    /// A rule says so.
+    Rule,
+    /// The caller sends more requests than a rule lets it.
+    Rate,
+    /// A rule asks for something about the caller that could not be found out.
+    UnknownCaller,
     /// It asks for a token from further away than the hop limit allows.
     HopLimit,
     /// It asks for a token from further away than the instance's own hop limit allows.
@@ -89,7 +95,10 @@ impl fmt::Display for Reason {
 }
 
 /// What becomes of a token request from beyond the hop limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
 pub enum HopLimitAction {
     /// It is answered with 403 at once.
     #[default]
@@ -137,12 +146,60 @@ pub enum Action {
     Drop,
 }
 
+/// What a request is judged by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// Whether refusals are carried out.
+    pub mode: Mode,
+    /// How far a token may travel.
+    pub hop_limit: u8,
+    /// What becomes of token requests from further away.
+    pub hop_limit_action: HopLimitAction,
+    /// Where a session token is valid.
+    pub token_binding: Binding,
+    /// What the rule that matched wants, and how.
+    pub action: Option<(RuleAction, Action)>,
+}
+
 impl Terms {
+    /// With what a rule wants.
+    #[must_use]
+    pub fn with(self, rule: Option<&Rule>) -> Self {
+        let action = rule.and_then(|rule| {
+            let answer = rule.answer.unwrap_or_default();
+            rule.action.map(|action| (action, answer.action()))
+        });
+        let mode = match action {
+            Some((RuleAction::Audit, _)) => Mode::Audit,
+            _ => self.mode,
+        };
+        Self {
+            mode,
+            action,
+            ..self
+        }
+    }
+
     /// Judges a request that came over `hops` network hops, with a session token that was found to be
     /// `token`, if it has one.
     #[must_use]
     pub fn decide(&self, request: &Request<'_>, hops: u8, token: SessionToken) -> Decision {
+        match self.action {
+            Some((RuleAction::Deny, how)) => Decision::deny(Reason::Rule, how),
+            Some((RuleAction::Audit, _)) => match self.decide_by_mode(request, hops, token) {
+                Decision {
+                    verdict: Verdict::Allow,
+                    ..
+                } => self.unwanted(Reason::Rule, Action::Forward),
+                marked => marked,
+            },
+            _ => self.decide_by_mode(request, hops, token),
+        }
+    }
+
+    fn decide_by_mode(&self, request: &Request<'_>, hops: u8, token: SessionToken) -> Decision {
         let too_far = hops > self.hop_limit;
+        let rule = self.action.map(|(action, _)| action);
         match (request.imds, request.flaw, token) {
             (Imds::Token, ..) if request.forwarded => {
                 self.refuse(Reason::Forwarded, StatusCode::FORBIDDEN)
@@ -154,11 +211,16 @@ impl Terms {
             (_, Some(Flaw::Ttl), _) => self.refuse(Reason::TokenTtl, StatusCode::BAD_REQUEST),
             (Imds::Token, None, _) => Decision::allow(Reason::TokenRequest),
             // No further than the guard's own host, and not for a proxy's visitors.
-            (Imds::V1, None, _) if self.upgrade && hops == 1 && !request.forwarded => Decision {
-                verdict: Verdict::Upgrade,
-                reason: Reason::Upgraded,
-                action: Action::Upgrade,
-            },
+            (Imds::V1, None, _) if rule == Some(RuleAction::Allow) => Decision::allow(Reason::Rule),
+            (Imds::V1, None, _)
+                if rule == Some(RuleAction::Upgrade) && hops == 1 && !request.forwarded =>
+            {
+                Decision {
+                    verdict: Verdict::Upgrade,
+                    reason: Reason::Upgraded,
+                    action: Action::Upgrade,
+                }
+            }
             (Imds::V1, None, _) => self.refuse(Reason::NoToken, StatusCode::UNAUTHORIZED),
             (Imds::V2, None, SessionToken::Foreign) => {
                 self.refuse(Reason::ForeignToken, StatusCode::UNAUTHORIZED)
@@ -247,19 +309,30 @@ mod tests {
     #[test]
     fn the_whole_policy_is_this_table() {
         use {Mode::*, Reason::*};
-        let terms = |mode, hop_limit, upgrade| Terms {
+        let terms = |mode, hop_limit| Terms {
             mode,
             hop_limit,
             hop_limit_action: HopLimitAction::Reject,
             token_binding: Binding::Container,
-            upgrade,
-            rule: None,
+            action: None,
         };
-        let (one, two) = (terms(Enforce, 1, false), terms(Enforce, 2, false));
-        let (audit, upgrade) = (terms(Audit, 1, false), terms(Enforce, 1, true));
+        let (one, two, audit) = (terms(Enforce, 1), terms(Enforce, 2), terms(Audit, 1));
+        let not_found = Action::Refuse(StatusCode::NOT_FOUND);
+        let with = |terms: Terms, action| Terms {
+            mode: if action == RuleAction::Audit {
+                Audit
+            } else {
+                terms.mode
+            },
+            action: Some((action, not_found)),
+            ..terms
+        };
+        let upgrade = with(one, RuleAction::Upgrade);
+        let (permit, watch) = (with(one, RuleAction::Allow), with(one, RuleAction::Audit));
+        let (ban, ban_in_audit) = (with(one, RuleAction::Deny), with(audit, RuleAction::Deny));
         let drop = Terms {
             hop_limit_action: HopLimitAction::Drop,
-            ..one.clone()
+            ..one
         };
         let (v1, v2, put) = (Imds::V1, Imds::V2, Imds::Token);
         let (ttl, method) = (Some(Flaw::Ttl), Some(Flaw::Method));
@@ -306,6 +379,18 @@ mod tests {
             (&upgrade, v1,  None,   false, 2, plain,                 deny(NoToken, 401)),
             (&upgrade, v1,  method, false, 1, plain,                 deny(Method, 405)),
             (&upgrade, put, None,   false, 2, plain,                 deny(HopLimit, 403)),
+            (&permit,  v1,  None,   true,  2, plain,                 allow(Rule)),
+            (&permit,  v1,  method, false, 1, plain,                 deny(Method, 405)),
+            (&permit,  v2,  None,   false, 1, plain,                 allow(SessionToken)),
+            (&permit,  v2,  None,   false, 1, Token::Foreign, deny(ForeignToken, 401)),
+            (&permit,  put, None,   false, 2, plain,                 deny(HopLimit, 403)),
+            (&watch,   v1,  None,   false, 1, plain,                 mark(NoToken)),
+            (&watch,   v2,  None,   false, 1, plain,                 mark(Rule)),
+            (&watch,   v2,  None,   false, 1, Token::Invalid, deny(InvalidToken, 401)),
+            (&watch,   put, None,   false, 2, plain,                 mark(HopLimit)),
+            (&ban,     v2,  None,   false, 1, plain,                 deny(Rule, 404)),
+            (&ban,     put, None,   false, 1, plain,                 deny(Rule, 404)),
+            (&ban_in_audit, v1, None, false, 1, plain,               deny(Rule, 404)),
             (&audit,   v1,  None,   false, 1, plain,                 mark(NoToken)),
             (&audit,   v1,  method, false, 1, plain,                 mark(Method)),
             (&audit,   v2,  None,   false, 1, plain,                 allow(SessionToken)),

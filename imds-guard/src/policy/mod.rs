@@ -6,18 +6,27 @@
 mod binding;
 pub mod caller;
 mod decide;
+mod expiry;
+mod explain;
 pub mod head;
 mod hops;
 pub mod path;
+pub mod pattern;
+mod refusal;
 mod request;
 mod rule;
+mod rules;
 
 pub use binding::Binding;
 pub use caller::Caller;
-pub use decide::{Action, Decision, HopLimitAction, Mode, Reason, SessionToken, Verdict};
+pub use decide::{Action, Decision, HopLimitAction, Mode, Reason, SessionToken, Terms, Verdict};
+pub use expiry::Expiry;
+pub use explain::{Explanation, RuleExplanation};
 pub use hops::{hops, reply_ttl};
+pub use refusal::Refusal;
 pub use request::{Flaw, Imds, MAX_TTL, Malformed, Request, TOKEN_HEADER, TTL_HEADER};
-pub use rule::{Policy, Rule, RuleAction, Terms};
+pub use rule::{Ask, Fit, HopLimit, Rule, RuleAction, Subject};
+pub use rules::{Candidates, Judgement, Needs, Policy, Rules};
 
 /// The beginning of a text, of at most so many bytes: what a client can make long is cut before it is
 /// recorded.

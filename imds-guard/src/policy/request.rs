@@ -1,5 +1,6 @@
 //! What a request asks for, in canonical form.
 
+use clap::ValueEnum;
 use hyper::{
     HeaderMap, Method, Uri,
     header::{HeaderName, HeaderValue, UPGRADE},
@@ -23,7 +24,9 @@ const HTTP2_HEADER: HeaderName = HeaderName::from_static("http2-settings");
 pub const MAX_TTL: u32 = 21_600;
 
 /// Which version of the protocol a request speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema, ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Imds {
     /// No session token.
@@ -33,6 +36,18 @@ pub enum Imds {
     /// Asks for a session token: every `PUT`, whatever its path, as the service knows no other. How
     /// it reads a path that is written differently is not for the guard to guess.
     Token,
+}
+
+impl Imds {
+    /// As in rules and events.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+            Self::Token => "token",
+        }
+    }
 }
 
 /// Why a request is not judged but refused.

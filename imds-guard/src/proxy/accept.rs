@@ -5,7 +5,7 @@ use std::{
     mem::MaybeUninit,
     net::{Shutdown, SocketAddr},
     sync::{Arc, OnceLock},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures_util::FutureExt as _;
@@ -26,10 +26,9 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{Proxy, answer, gate::Gate, pipeline::Connection, places::Places, syn};
+use super::{Proxy, answer, gate::Gate, places::Places, syn};
 use crate::{
     identify::lossy,
-    policy::{caller::Netns, hops},
     record::{ConnectionRefusal, Kind, RefusedConnection},
 };
 
@@ -154,7 +153,6 @@ async fn serve(
     _room: OwnedSemaphorePermit,
     mut stop: watch::Receiver<Option<Backlog>>,
 ) {
-    let accepted = Instant::now();
     let refuse = |reason, origin: Option<&Origin>| {
         let refused = RefusedConnection {
             reason,
@@ -177,10 +175,7 @@ async fn serve(
     if has_left(&stream) {
         return;
     }
-    let caller = proxy.resolver.resolve(&origin).await;
-    let hops = hops(caller.netns == Netns::Host, Some(syn.ttl));
-    let naming = accepted.elapsed();
-    let connection = Connection::new(caller, &proxy.policy, family, hops, naming);
+    let connection = proxy.meet(origin, family, syn.ttl).await;
 
     let stream = Arc::new(stream);
     let refused = Arc::new(OnceLock::new());

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -15,14 +15,17 @@ use hyper::{
     header::{CONTENT_LENGTH, HeaderName, HeaderValue, USER_AGENT},
     http::request::Parts,
 };
-use imds_guard_common::flow::Family;
+use imds_guard_common::flow::{Family, Origin};
+use jiff::Timestamp;
 use tokio::net::TcpStream;
 
 use super::{
     Upstream,
     answer::{self, Answer},
     fallback::Fallbacks,
+    force::{InForce, View},
     gate::Refused,
+    rate::Rates,
     ttl,
     upstream::{Reply, Token},
 };
@@ -31,10 +34,11 @@ use crate::{
     identify::Resolver,
     kernel::FlowTable,
     policy::{
-        Action, Caller, Decision, Imds, MAX_TTL, Malformed, Mode, Policy, Request, SessionToken,
-        TTL_HEADER, Terms, caller::Netns, reply_ttl, shortened,
+        Action, Ask, Caller, Decision, Imds, MAX_TTL, Malformed, Mode, Reason, Request, Rule,
+        RuleAction, SessionToken, TTL_HEADER, Terms, Verdict, caller::Netns, hops, reply_ttl,
+        shortened,
     },
-    record::{self, AnsweredBy, Kind, Latency, Recorder, UpstreamFailure},
+    record::{self, AnsweredBy, Kind, Latency, Recorder, Tally, UpstreamFailure},
     tokens::Tokens,
 };
 
@@ -55,29 +59,29 @@ pub struct Proxy {
     /// Names them.
     pub resolver: Arc<Resolver>,
     /// Judges what they ask.
-    pub policy: Policy,
+    pub in_force: Arc<InForce>,
+    /// How often some of them may ask.
+    pub rates: Rates,
     /// Binds session tokens to where they were issued.
-    pub tokens: Tokens,
+    pub tokens: Arc<Tokens>,
     /// Where a request is forwarded to.
     pub upstream: Upstream,
     /// Who was refused a token.
     pub fallbacks: Fallbacks,
     /// Where it is recorded.
     pub recorder: Recorder,
-    /// Whether answers of the guard's own say so in a header.
-    pub marks_answers: bool,
+    /// Where it is counted.
+    pub tally: Arc<Tally>,
     /// Bounds.
     pub limits: Limits,
 }
 
 /// What is known of a connection before its first request.
 pub struct Connection {
-    caller: Arc<Caller>,
-    terms: Terms,
-    /// Where the caller's session tokens are valid.
-    scope: Option<String>,
+    origin: Origin,
     family: Family,
     hops: u8,
+    view: Mutex<Arc<View>>,
     /// Microseconds that naming the caller took, until the first request takes them on itself.
     naming: AtomicU64,
 }
@@ -91,6 +95,8 @@ struct Outcome {
     malformed: Option<Malformed>,
     upstream_failure: Option<UpstreamFailure>,
     upstream_time: Duration,
+    mode: Mode,
+    rule: Option<Arc<str>>,
 }
 
 /// What an event tells of a request.
@@ -101,23 +107,40 @@ struct Asked {
     user_agent: Option<String>,
 }
 
-impl Connection {
-    pub(super) fn new(
-        caller: Caller,
-        policy: &Policy,
-        family: Family,
-        hops: u8,
-        naming: Duration,
-    ) -> Self {
-        let terms = policy.terms(&caller);
-        Self {
-            scope: terms.token_binding.scope(&caller),
-            terms,
-            caller: Arc::new(caller),
+impl Proxy {
+    /// Names who made a connection.
+    pub(super) async fn meet(&self, origin: Origin, family: Family, syn_ttl: u8) -> Connection {
+        let begun = Instant::now();
+        let force = self.in_force.now();
+        let needs = force.policy.rules.needs();
+        let caller = Arc::new(self.resolver.resolve(&origin, needs).await);
+        let hops = hops(caller.netns == Netns::Host, Some(syn_ttl));
+        Connection {
+            view: Mutex::new(Arc::new(View::new(force, caller, needs, family, hops))),
+            origin,
             family,
             hops,
-            naming: micros(naming).into(),
+            naming: micros(begun.elapsed()).into(),
         }
+    }
+
+    /// A connection as the policy sees it now.
+    async fn view(&self, from: &Connection) -> Arc<View> {
+        let view = from.view();
+        if view.is_current(&self.in_force) {
+            return view;
+        }
+        let place = (from.family, from.hops);
+        let renewed = view.renew(&self.in_force, &self.resolver, &from.origin, place);
+        let renewed = Arc::new(renewed.await);
+        *from.view.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&renewed);
+        renewed
+    }
+}
+
+impl Connection {
+    fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -130,11 +153,12 @@ impl Proxy {
         request: HttpRequest<Incoming>,
     ) -> Option<Answer> {
         let begun = Instant::now();
+        let view = self.view(from).await;
         let (parts, body) = request.into_parts();
         let request = Request::classify(&parts.method, &parts.uri, &parts.headers);
         let outcome = match &request {
-            Ok(request) => self.judge(from, stream, &parts, request, body).await,
-            Err(malformed) => Outcome::malformed(*malformed),
+            Ok(request) => self.judge(from, &view, stream, &parts, request, body).await,
+            Err(malformed) => Outcome::malformed(*malformed, view.force.policy.mode),
         };
         let guard = begun.elapsed().saturating_sub(outcome.upstream_time);
         let user_agent = parts.headers.get(USER_AGENT).map(|value| value.as_bytes());
@@ -145,13 +169,14 @@ impl Proxy {
             user_agent: user_agent
                 .map(|text| shortened(&String::from_utf8_lossy(text), MAX_USER_AGENT)),
         };
-        self.record(from, asked, &outcome, guard);
-        self.mark(outcome)
+        self.record(from, &view.caller, asked, &outcome, guard);
+        Self::mark(outcome, view.force.marks_answers)
     }
 
     /// Records what was no request, and says what to answer.
     pub(super) fn refuse(&self, from: &Connection, refused: &Refused) -> StatusCode {
-        let outcome = Outcome::malformed(refused.malformed);
+        let view = from.view();
+        let outcome = Outcome::malformed(refused.malformed, self.in_force.now().policy.mode);
         // What is no request line may be anything, a body with a secret in it, too.
         let line = str::from_utf8(&refused.line).unwrap_or_default();
         let (method, rest) = line.split_once(' ').unwrap_or_default();
@@ -166,45 +191,121 @@ impl Proxy {
             user_agent: None,
         };
         let status = outcome.status();
-        self.record(from, asked, &outcome, Duration::ZERO);
+        self.record(from, &view.caller, asked, &outcome, Duration::ZERO);
         status
     }
 
     async fn judge(
         &self,
         from: &Connection,
+        view: &View,
         stream: &TcpStream,
         parts: &Parts,
         request: &Request<'_>,
         body: Incoming,
     ) -> Outcome {
+        let now = Timestamp::now();
+        let terms = view.terms(now);
         let (found, opened) = match request.token {
-            Some(token) => self.tokens.open(token.as_bytes(), from.scope.as_deref()),
+            Some(token) => self
+                .tokens
+                .open(token.as_bytes(), view.scope(terms.token_binding)),
             None => (SessionToken::Plain, None),
         };
-        let decision = from.terms.decide(request, from.hops, found);
-        let token = match decision.action {
-            Action::Refuse(_) | Action::Drop => return Outcome::refused(decision),
-            Action::Upgrade => Token::Own,
-            Action::Forward => match opened.map(HeaderValue::try_from) {
-                Some(Ok(token)) => Token::Instead(token),
-                Some(Err(_)) | None => Token::AsSent,
-            },
+        let ask = Ask {
+            imds: request.imds,
+            method: parts.method.as_str(),
+            path: &request.path,
         };
+        let policy = &view.force.policy;
+        let judged = policy.judge(
+            &view.candidates,
+            terms,
+            (request, &ask),
+            from.hops,
+            found,
+            now,
+        );
+        let decision = match judged.rule {
+            Some(rule) => self.within_rate(rule, &view.caller, judged.decision),
+            None => judged.decision,
+        };
+        let outcome = match decision.action {
+            Action::Refuse(_) | Action::Drop => Outcome::refused(decision, judged.mode),
+            Action::Forward | Action::Upgrade => {
+                let token = match opened.map(HeaderValue::try_from) {
+                    _ if decision.action == Action::Upgrade => Token::Own,
+                    Some(Ok(token)) => Token::Instead(token),
+                    Some(Err(_)) | None => Token::AsSent,
+                };
+                let judged = (decision, judged.mode);
+                self.forward(
+                    from,
+                    view,
+                    stream,
+                    (parts, request, body),
+                    token,
+                    judged,
+                    terms,
+                )
+                .await
+            }
+        };
+        Outcome {
+            rule: judged.rule.map(|rule| Arc::clone(&rule.name)),
+            ..outcome
+        }
+    }
+
+    /// A decision, unless the caller asks more often than its rule lets it.
+    fn within_rate(&self, rule: &Rule, caller: &Caller, decision: Decision) -> Decision {
+        let is_forwarded = matches!(decision.action, Action::Forward | Action::Upgrade);
+        if !is_forwarded || self.rates.allow(rule, caller) {
+            return decision;
+        }
+        if rule.action == Some(RuleAction::Audit) {
+            return Decision {
+                verdict: Verdict::Audit,
+                reason: Reason::Rate,
+                ..decision
+            };
+        }
+        Decision {
+            verdict: Verdict::Deny,
+            reason: Reason::Rate,
+            action: Action::Refuse(StatusCode::TOO_MANY_REQUESTS),
+        }
+    }
+
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "it is one step of a request's way"
+    )]
+    async fn forward(
+        &self,
+        from: &Connection,
+        view: &View,
+        stream: &TcpStream,
+        (parts, request, body): (&Parts, &Request<'_>, Incoming),
+        token: Token,
+        (decision, mode): (Decision, Mode),
+        terms: Terms,
+    ) -> Outcome {
         if let Err(malformed) = self.discard(body).await {
-            return Outcome::malformed(malformed);
+            return Outcome::malformed(malformed, mode);
         }
         let sent = Instant::now();
         let result = self.upstream.send(from.family, parts, token).await;
         let upstream_time = sent.elapsed();
         let outcome = match result {
             Ok(reply) if request.imds == Imds::Token => {
-                self.hand_out(from, stream, decision, reply)
+                let terms = Terms { mode, ..terms };
+                self.hand_out(from, view, stream, decision, reply, &terms)
             }
-            Ok(reply) => Outcome::answered(decision, reply.answer),
+            Ok(reply) => Outcome::answered(decision, mode, reply.answer),
             Err((status, failure)) => Outcome {
                 upstream_failure: Some(failure),
-                ..Outcome::by_guard(decision, status)
+                ..Outcome::by_guard(decision, mode, status)
             },
         };
         Outcome {
@@ -229,20 +330,23 @@ impl Proxy {
     fn hand_out(
         &self,
         from: &Connection,
+        view: &View,
         stream: &TcpStream,
         decision: Decision,
         reply: Reply,
+        terms: &Terms,
     ) -> Outcome {
+        let mode = terms.mode;
         let instance_limit = reply.ttl.filter(|ttl| (1..=64).contains(ttl));
-        let beyond = instance_limit.and_then(|ttl| from.terms.decide_answer(from.hops, ttl));
+        let beyond = instance_limit.and_then(|ttl| terms.decide_answer(from.hops, ttl));
         if let Some(decision) = beyond {
-            return Outcome::refused(decision);
+            return Outcome::refused(decision, mode);
         }
         let mut answer = reply.answer;
         if answer.status() != StatusCode::OK {
-            return Outcome::answered(decision, answer);
+            return Outcome::answered(decision, mode, answer);
         }
-        if let Some(scope) = &from.scope {
+        if let Some(scope) = view.scope(terms.token_binding) {
             let lives = answer.headers().get(TTL_HEADER);
             let lives = lives.and_then(|value| value.to_str().ok()?.parse().ok());
             let lives = Duration::from_secs(lives.unwrap_or(MAX_TTL).into());
@@ -255,55 +359,63 @@ impl Proxy {
                 );
             }
         }
-        if from.terms.mode == Mode::Enforce {
-            let same_netns = from.caller.netns == Netns::Host;
-            let limit = from.terms.hop_limit.min(instance_limit.unwrap_or(u8::MAX));
+        if mode == Mode::Enforce {
+            let same_netns = view.caller.netns == Netns::Host;
+            let limit = terms.hop_limit.min(instance_limit.unwrap_or(u8::MAX));
             if let Err(error) = ttl::set(stream, reply_ttl(same_netns, limit)) {
                 log::error!("a token is not handed out, as its TTL cannot be set: {error}");
-                return Outcome::by_guard(decision, StatusCode::INTERNAL_SERVER_ERROR);
+                return Outcome::by_guard(decision, mode, StatusCode::INTERNAL_SERVER_ERROR);
             }
         }
-        Outcome::answered(decision, answer)
+        Outcome::answered(decision, mode, answer)
     }
 
-    fn record(&self, from: &Connection, asked: Asked, outcome: &Outcome, guard: Duration) {
+    fn record(
+        &self,
+        from: &Connection,
+        caller: &Arc<Caller>,
+        asked: Asked,
+        outcome: &Outcome,
+        guard: Duration,
+    ) {
         let status = outcome.status();
         let fallback = match asked.imds {
             Some(Imds::Token) if status.is_client_error() => {
-                self.fallbacks.refused(&from.caller);
+                self.fallbacks.refused(caller);
                 false
             }
-            Some(Imds::V1) => self.fallbacks.is_one(&from.caller),
+            Some(Imds::V1) => self.fallbacks.is_one(caller),
             _ => false,
         };
-        self.recorder
-            .record(Kind::Request(Box::new(record::Request {
-                verdict: outcome.decision.verdict,
-                reason: outcome.decision.reason,
-                malformed: outcome.malformed,
-                rule: from.terms.rule.as_deref().map(str::to_owned),
-                mode: from.terms.mode,
-                imds: asked.imds,
-                fallback,
-                method: asked.method,
-                path: asked.path,
-                user_agent: asked.user_agent,
-                status: status.as_u16(),
-                answered_by: outcome.by,
-                upstream_failure: outcome.upstream_failure.clone(),
-                endpoint: from.family.into(),
-                hops: from.hops,
-                caller: Arc::clone(&from.caller),
-                latency_us: Latency {
-                    guard: micros(guard) + from.naming.swap(0, Relaxed),
-                    upstream: micros(outcome.upstream_time),
-                },
-            })));
+        let request = Box::new(record::Request {
+            verdict: outcome.decision.verdict,
+            reason: outcome.decision.reason,
+            malformed: outcome.malformed,
+            rule: outcome.rule.as_deref().map(str::to_owned),
+            mode: outcome.mode,
+            imds: asked.imds,
+            fallback,
+            method: asked.method,
+            path: asked.path,
+            user_agent: asked.user_agent,
+            status: status.as_u16(),
+            answered_by: outcome.by,
+            upstream_failure: outcome.upstream_failure.clone(),
+            endpoint: from.family.into(),
+            hops: from.hops,
+            caller: Arc::clone(caller),
+            latency_us: Latency {
+                guard: micros(guard) + from.naming.swap(0, Relaxed),
+                upstream: micros(outcome.upstream_time),
+            },
+        });
+        self.tally.request(&request, outcome.rule.as_ref());
+        self.recorder.record(Kind::Request(request));
     }
 
-    fn mark(&self, outcome: Outcome) -> Option<Answer> {
+    fn mark(outcome: Outcome, marks_answers: bool) -> Option<Answer> {
         let mut answer = outcome.answer?;
-        if self.marks_answers && outcome.by == AnsweredBy::Guard {
+        if marks_answers && outcome.by == AnsweredBy::Guard {
             let reason = outcome.decision.reason.to_string();
             if let Ok(reason) = HeaderValue::try_from(reason) {
                 answer.headers_mut().insert(REASON_HEADER, reason);
@@ -314,7 +426,7 @@ impl Proxy {
 }
 
 impl Outcome {
-    fn by_guard(decision: Decision, status: StatusCode) -> Self {
+    fn by_guard(decision: Decision, mode: Mode, status: StatusCode) -> Self {
         Self {
             answer: Some(answer::error(status)),
             by: AnsweredBy::Guard,
@@ -322,32 +434,34 @@ impl Outcome {
             malformed: None,
             upstream_failure: None,
             upstream_time: Duration::ZERO,
+            mode,
+            rule: None,
         }
     }
 
-    fn answered(decision: Decision, answer: Response<Bytes>) -> Self {
+    fn answered(decision: Decision, mode: Mode, answer: Response<Bytes>) -> Self {
         Self {
             answer: Some(answer.map(Full::new)),
             by: AnsweredBy::Service,
-            ..Self::by_guard(decision, StatusCode::OK)
+            ..Self::by_guard(decision, mode, StatusCode::OK)
         }
     }
 
-    fn refused(decision: Decision) -> Self {
+    fn refused(decision: Decision, mode: Mode) -> Self {
         match decision.action {
-            Action::Refuse(status) => Self::by_guard(decision, status),
+            Action::Refuse(status) => Self::by_guard(decision, mode, status),
             _ => Self {
                 answer: None,
                 by: AnsweredBy::Nobody,
-                ..Self::by_guard(decision, StatusCode::FORBIDDEN)
+                ..Self::by_guard(decision, mode, StatusCode::FORBIDDEN)
             },
         }
     }
 
-    fn malformed(malformed: Malformed) -> Self {
+    fn malformed(malformed: Malformed, mode: Mode) -> Self {
         Self {
             malformed: Some(malformed),
-            ..Self::refused(Decision::malformed(malformed))
+            ..Self::refused(Decision::malformed(malformed), mode)
         }
     }
 

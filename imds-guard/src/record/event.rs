@@ -43,6 +43,10 @@ pub enum Kind {
         /// How many, since the last event before this one.
         count: u64,
     },
+    /// What is in force was changed, or was to be.
+    Policy(PolicyChange),
+    /// A rule's time is over.
+    RuleExpired(RuleExpired),
     /// The guard began to watch.
     Started(Started),
     /// The guard ceased to watch.
@@ -248,6 +252,67 @@ pub struct Started {
     pub backstop: bool,
     /// The uplinks that the perimeter guards.
     pub uplinks: Vec<String>,
+}
+
+/// What is in force from now on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PolicyChange {
+    /// What was done.
+    pub change: Change,
+    /// Who did it; missing where nobody did, but a file was changed, or time has passed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub by: Option<By>,
+    /// The mode, from now on.
+    pub mode: Mode,
+    /// Until when (RFC 3339, UTC), if it returns by itself.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub until: Option<String>,
+    /// How many rules there are.
+    pub rules: usize,
+    /// What was wrong with a configuration that was not taken.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
+    /// Keys that were changed, but take effect only when the guard is started again.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub needs_restart: Vec<String>,
+}
+
+/// What was done to the policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// The configuration was read again.
+    Reloaded,
+    /// The configuration was read again and is invalid: what was in force before still is.
+    Rejected,
+    /// The mode was switched.
+    Mode,
+    /// The mode is as configured again.
+    ModeReturned,
+}
+
+/// Who used the control socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct By {
+    /// Process id.
+    pub pid: u32,
+    /// User id.
+    pub uid: u32,
+    /// Name of the user who logged in, where another one has become root since (sudo, su).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub login: Option<String>,
+}
+
+/// A rule that matches nobody any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RuleExpired {
+    /// Its name.
+    pub rule: String,
+    /// Who answers for it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub owner: Option<String>,
+    /// Until when it was to hold, as it was written.
+    pub expires: String,
 }
 
 /// What happened while the guard was running.

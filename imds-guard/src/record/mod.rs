@@ -2,10 +2,12 @@
 
 mod event;
 mod sink;
+mod tally;
 
 pub use event::{
-    AnsweredBy, ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer, Packet,
-    RefusedConnection, Request, SCHEMA_VERSION, Started, Stopped, UpstreamFailure,
-    UpstreamFailureKind,
+    AnsweredBy, By, Change, ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer,
+    Packet, PolicyChange, RefusedConnection, Request, RuleExpired, SCHEMA_VERSION, Started,
+    Stopped, UpstreamFailure, UpstreamFailureKind,
 };
-pub use sink::{Recorder, Writer};
+pub use sink::{Lines, Recorder, Writer};
+pub use tally::{ByVersion, Tally, Totals, label};

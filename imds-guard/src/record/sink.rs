@@ -11,11 +11,16 @@ use std::{
     time::Duration,
 };
 
+use tokio::sync::broadcast;
+
 use super::{Event, Kind};
 
 /// Events that may wait to be written, by number and by bytes; more are counted as lost.
 const QUEUE: usize = 8192;
 const QUEUE_BYTES: usize = 16 * 1024 * 1024;
+
+/// Events that a listener may be behind.
+const LISTENED: usize = 4096;
 
 /// How long the last events may take to be written: whoever reads them may have stopped doing so.
 const LAST_WRITES: Duration = Duration::from_secs(5);
@@ -26,7 +31,11 @@ pub struct Recorder {
     queue: SyncSender<Vec<u8>>,
     host: Arc<str>,
     backlog: Arc<Backlog>,
+    listeners: broadcast::Sender<Arc<[u8]>>,
 }
+
+/// Events as they happen, each a line of JSON. Whoever is too slow misses some, and is told how many.
+pub type Lines = broadcast::Receiver<Arc<[u8]>>;
 
 /// Ends the writing thread.
 pub struct Writer {
@@ -64,6 +73,7 @@ impl Recorder {
             queue,
             host,
             backlog,
+            listeners: broadcast::Sender::new(LISTENED),
         };
         Ok((recorder, Writer { ended }))
     }
@@ -73,12 +83,22 @@ impl Recorder {
         let Some(line) = line(&self.host, kind) else {
             return self.backlog.lose(1);
         };
+        if self.listeners.receiver_count() > 0 {
+            // Nobody may have stayed.
+            let _heard = self.listeners.send(Arc::from(line.as_slice()));
+        }
         let bytes = line.len();
         let waiting = self.backlog.bytes.fetch_add(bytes, Relaxed);
         if waiting + bytes > QUEUE_BYTES || self.queue.try_send(line).is_err() {
             self.backlog.bytes.fetch_sub(bytes, Relaxed);
             self.backlog.lose(1);
         }
+    }
+
+    /// Listens to what is recorded from now on.
+    #[must_use]
+    pub fn listen(&self) -> Lines {
+        self.listeners.subscribe()
     }
 
     /// Events lost since the start.

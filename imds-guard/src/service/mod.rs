@@ -1,8 +1,10 @@
 //! The composition root: takes what it needs from the system, gives up what it no longer needs, serves
 //! until it is told to stop, and hands over or leaves nothing behind.
 
+mod files;
 mod handover;
 mod privileges;
+mod steering;
 mod watch;
 
 use std::{
@@ -15,39 +17,53 @@ use std::{
 };
 
 use anyhow::Context as _;
-use imds_guard_common::control;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use sd_notify::NotifyState;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
 
 use crate::{
-    config::{OnFailure, OnStop, Settings, Uplinks},
+    config::{Configuration, Layers, OnStop, Settings, Uplinks},
+    control::{Desk, Order, Server, What},
     failure::Failure,
-    identify::{COMMAND_LINE_READERS, Resolver},
-    kernel::{Charge, Control, Heartbeat, Kernel, Maps, Packets, Pins, probe},
+    identify::{COMMAND_LINE_READERS, DIGESTERS, Resolver, workload::Workloads},
+    kernel::{Charge, Control, Counters, Heartbeat, Kernel, Maps, Packets, Pins, probe},
     net::Addresses,
-    policy::Mode,
-    proxy::{Acceptor, Backlog, Fallbacks, Proxy, Upstream, adopt, listen},
-    record::{Kind, Recorder, Started, Stopped},
+    proxy::{Acceptor, Backlog, Fallbacks, Proxy, Rates, Upstream, adopt, listen},
+    record::{Kind, Recorder, Started, Stopped, Tally},
     tokens::Tokens,
 };
+use files::FileWatch;
+use steering::Steering;
 use watch::UplinkWatch;
 
 /// Threads that serve connections.
 const WORKERS: usize = 2;
 
+/// Threads that read the state files of containers.
+const LOOKUPS: usize = 8;
+
 /// How long connections may wait for the next daemon while systemd keeps the listeners.
 const SUCCESSION: Duration = Duration::from_secs(30);
 
-/// Runs the guard until SIGTERM or SIGINT.
+/// Orders that may wait for the main loop.
+const ORDERS: usize = 8;
+
+/// Runs the guard until SIGTERM or SIGINT. `replace` takes over from one that is running.
 ///
 /// # Errors
 /// Why it could not start; see [`Failure`].
-pub fn run(settings: &Settings) -> Result<(), Failure> {
-    settings.validate()?;
+pub fn run(layers: Layers, replace: bool) -> Result<(), Failure> {
+    let configuration = layers.read()?;
+    let settings = &Settings {
+        replace,
+        ..configuration.settings()?
+    };
     probe::capabilities()?;
     let release = probe::kernel()?;
     probe::pid_namespace()?;
@@ -55,7 +71,7 @@ pub fn run(settings: &Settings) -> Result<(), Failure> {
     log::debug!("kernel {release}, cgroup {}", cgroup.display());
     let pins = Pins::open(&settings.pins)?;
     let post = Post::take(&pins, settings.replace)?;
-    let served = serve_from(settings, &cgroup, &pins, post);
+    let served = serve_from((layers, configuration, settings), &cgroup, &pins, post);
     if served.is_err() && pins.links().is_empty() {
         // Maps without programs are of no use to anybody.
         if let Err(error) = pins.remove_all() {
@@ -97,7 +113,7 @@ impl Post {
 }
 
 fn serve_from(
-    settings: &Settings,
+    (layers, configuration, settings): (Layers, Configuration, &Settings),
     cgroup: &Path,
     pins: &Pins,
     mut post: Post,
@@ -126,22 +142,37 @@ fn serve_from(
     // After the privileges, as threads inherit them.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
-        .max_blocking_threads(COMMAND_LINE_READERS)
+        .max_blocking_threads(COMMAND_LINE_READERS + DIGESTERS + LOOKUPS)
         .enable_all()
         .build()
         .context("the threads cannot be started")?;
     let (recorder, writer) =
         Recorder::start(&host, events).context("the event writer cannot be started")?;
     let hierarchy = probe::cgroup2_mount()?;
+    let workloads = {
+        let _within = runtime.enter();
+        Workloads::new(settings.workloads.clone())
+    };
     let resolver = Arc::new(Resolver::new(
         "/proc",
-        "/etc/passwd",
+        ("/etc/passwd", "/etc/group"),
         hierarchy,
+        workloads,
         netns_cookie,
         settings.command_lines,
     ));
+    let tokens = Arc::new(Tokens::new(&settings.run_dir));
+    let steering = Steering::new(
+        layers,
+        configuration,
+        settings.clone(),
+        Arc::clone(&tokens),
+        recorder.clone(),
+    );
     let guard = Guard {
         settings,
+        steering,
+        tokens,
         cgroup,
         pins,
         kernel,
@@ -175,6 +206,8 @@ enum Ended {
 /// Everything that lasts from the start to the end.
 struct Guard<'a> {
     settings: &'a Settings,
+    steering: Steering,
+    tokens: Arc<Tokens>,
     cgroup: &'a Path,
     pins: &'a Pins,
     kernel: Kernel,
@@ -192,6 +225,7 @@ impl Guard<'_> {
     ) -> Result<Ended, Failure> {
         let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
+        let mut hangup = signal(SignalKind::hangup()).context("SIGHUP cannot be caught")?;
         let settings = self.settings;
         let Maps {
             flows,
@@ -201,15 +235,18 @@ impl Guard<'_> {
             alive_until,
             packets,
         } = maps;
+        let counters = Arc::new(counters);
+        let tally = Arc::new(Tally::default());
         let mut acceptor = Acceptor::new(Proxy {
             flows: Box::new(flows),
             resolver: Arc::clone(&self.resolver),
-            policy: settings.policy.clone(),
-            tokens: Tokens::new(&settings.run_dir),
+            in_force: self.steering.in_force(),
+            rates: Rates::default(),
+            tokens: Arc::clone(&self.tokens),
             fallbacks: Fallbacks::default(),
-            marks_answers: settings.marks_answers,
             upstream: Upstream::new(settings.upstreams, exempt, settings.limits),
             recorder: self.recorder.clone(),
+            tally: Arc::clone(&tally),
             limits: settings.limits,
         });
         let names = listeners
@@ -227,11 +264,15 @@ impl Guard<'_> {
         let mut uplinks = UplinkWatch::start(&settings.uplinks)?;
 
         let heartbeat = Heartbeat::start(alive_until)?;
-        control.set(self.control(addresses))?;
+        control.set(self.steering.control(addresses))?;
         // Last: whoever is redirected is served.
         self.kernel.attach(self.cgroup, self.pins)?;
         let guarded = uplinks.follow(&mut self.kernel, self.pins).await;
+        let mut files = FileWatch::start(&self.steering.layers().file);
+        let (sender, mut orders) = mpsc::channel(ORDERS);
+        let server = self.open_desk(&tally, &counters, sender);
         self.announce(names, guarded);
+        self.steering.notice_expiry();
         handover::tell_systemd(NotifyState::Ready);
 
         if let Some(pid) = takes_over_from {
@@ -245,16 +286,26 @@ impl Guard<'_> {
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
+                _ = hangup.recv() => self.reload(&mut control),
+                () = files.changed() => self.reload(&mut control),
+                () = self.steering.due() => self.steering.catch_up(&mut control),
+                Some(order) = orders.recv() => {
+                    if self.obey(order, &mut control) {
+                        break;
+                    }
+                }
                 () = uplinks.changed() => {
                     uplinks.follow(&mut self.kernel, self.pins).await;
                 }
                 seen = packets.next(|packet| {
                     let packet = watch::describe(packet, &self.resolver);
+                    tally.packet(&packet);
                     self.recorder.record(Kind::Packet(packet));
                 }) => seen.context("the packets are not watched any more")?,
             }
         }
         handover::tell_systemd(NotifyState::Stopping);
+        drop((server, orders));
         let ended = self
             .stop(acceptor, heartbeat, &control, &uplinks, stored)
             .await?;
@@ -265,20 +316,49 @@ impl Guard<'_> {
         Ok(ended)
     }
 
-    /// What the kernel programs are told.
-    fn control(&self, addresses: u32) -> control::Control {
-        let mode = match self.settings.policy.mode {
-            Mode::Audit => control::Mode::Audit,
-            Mode::Enforce => control::Mode::Enforce,
+    fn open_desk(
+        &self,
+        tally: &Arc<Tally>,
+        counters: &Arc<Counters>,
+        orders: mpsc::Sender<Order>,
+    ) -> Option<Server> {
+        let desk = Desk {
+            in_force: self.steering.in_force(),
+            standing: self.steering.standing(),
+            resolver: Arc::clone(&self.resolver),
+            tally: Arc::clone(tally),
+            recorder: self.recorder.clone(),
+            counters: Arc::clone(counters),
+            orders,
         };
-        control::Control {
-            mode: mode as u32,
-            on_failure: control::OnFailure::from(self.settings.on_failure) as u32,
-            backstop: self.settings.backstop.into(),
-            owner: std::process::id(),
-            addresses,
-            padding: 0,
-        }
+        let run_dir = &self.settings.run_dir;
+        Server::start(run_dir, desk)
+            .inspect_err(|error| {
+                log::error!(
+                    "there is no control socket in {}, so status and mode do not work: {error}",
+                    run_dir.display()
+                );
+            })
+            .ok()
+    }
+
+    /// On a signal, or as a file has changed.
+    fn reload(&mut self, control: &mut Control) {
+        // What is wrong is logged and recorded.
+        let _told = self.steering.reload(None, control);
+    }
+
+    /// Does what the control socket was told. Returns whether that was to end.
+    fn obey(&mut self, order: Order, control: &mut Control) -> bool {
+        let by = Some(order.by);
+        let outcome = match order.what {
+            What::Reload => self.steering.reload(by, control),
+            What::Mode(mode, lasts) => self.steering.switch(mode, lasts, by, control),
+            What::Drain => Ok(serde_json::json!({})),
+        };
+        // Whoever asked may have gone.
+        let _heard = order.reply.send(outcome);
+        order.what == What::Drain
     }
 
     fn announce(&self, listeners: Vec<String>, uplinks: Vec<String>) {
@@ -296,10 +376,7 @@ impl Guard<'_> {
             mode,
             cgroup: self.cgroup.display().to_string(),
             listeners,
-            on_failure: match settings.on_failure {
-                OnFailure::Closed => "closed".into(),
-                OnFailure::Open => "open".into(),
-            },
+            on_failure: steering::when_gone(settings).into(),
             backstop: settings.backstop,
             uplinks,
         }));
@@ -314,11 +391,12 @@ impl Guard<'_> {
         stored: bool,
     ) -> Result<Ended, Failure> {
         let drain = self.settings.limits.drain;
+        let settings = self.steering.settings();
         log::info!("stopping: requests in flight may take up to {drain:?}");
         let (ended, backlog) = if !control.is_mine() {
             drop(heartbeat);
             (Ended::HandedOver, Backlog::Leave)
-        } else if self.settings.on_stop == OnStop::Detach {
+        } else if settings.on_stop() == OnStop::Detach {
             // First: nobody is redirected to a listener that is about to close. Whoever was redirected
             // before still needs the other programs.
             for name in ["connect4", "connect6"] {
@@ -331,7 +409,7 @@ impl Guard<'_> {
         } else {
             log::info!(
                 "the kernel programs stay and follow --on-failure {:?}; `imds-guard detach` removes them",
-                self.settings.on_failure
+                settings.on_failure()
             );
             heartbeat.stop(Duration::ZERO);
             (Ended::Kept, Backlog::Serve)

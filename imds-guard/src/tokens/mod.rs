@@ -9,7 +9,10 @@ mod keys;
 
 use std::{
     path::Path,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -38,8 +41,8 @@ const SCOPE: usize = 16;
 /// Seals tokens and opens them again.
 pub struct Tokens {
     keys: Mutex<Keys>,
-    /// Until when there may be tokens that were issued before this guard was there.
-    plain_until: u64,
+    /// Until when there may be tokens that were issued before they were sealed.
+    plain_until: AtomicU64,
 }
 
 impl Tokens {
@@ -51,8 +54,15 @@ impl Tokens {
         let keys = Keys::load(directory, now);
         Self {
             keys: Mutex::new(keys),
-            plain_until: now + u64::from(MAX_TTL),
+            plain_until: (now + u64::from(MAX_TTL)).into(),
         }
+    }
+
+    /// From now on tokens are valid elsewhere than before: those that were handed out as they are stay
+    /// good for as long as any token lives.
+    pub fn rebind(&self) {
+        let until = now() + u64::from(MAX_TTL);
+        self.plain_until.store(until, Relaxed);
     }
 
     /// Seals a token of the service for a scope. `None` if it is no token, or nothing random is to be had.
@@ -93,7 +103,7 @@ impl Tokens {
         scope: Option<&str>,
     ) -> (SessionToken, Option<Vec<u8>>) {
         let Some(sealed) = presented.strip_prefix(PREFIX.as_bytes()) else {
-            let stray = scope.is_some() && now >= self.plain_until;
+            let stray = scope.is_some() && now >= self.plain_until.load(Relaxed);
             let plain = if stray {
                 SessionToken::Stray
             } else {
@@ -221,13 +231,11 @@ mod tests {
     #[test]
     fn tokens_from_before_are_good_for_as_long_as_they_can_live() {
         let tokens = tokens();
+        let plain_until = tokens.plain_until.load(Relaxed);
         let open = |now, scope| tokens.open_at(now, TOKEN, scope).0;
-        assert_eq!(
-            open(tokens.plain_until - 1, Some("here")),
-            SessionToken::Plain
-        );
-        assert_eq!(open(tokens.plain_until, Some("here")), SessionToken::Stray);
-        assert_eq!(open(tokens.plain_until, None), SessionToken::Plain);
+        assert_eq!(open(plain_until - 1, Some("here")), SessionToken::Plain);
+        assert_eq!(open(plain_until, Some("here")), SessionToken::Stray);
+        assert_eq!(open(plain_until, None), SessionToken::Plain);
     }
 
     #[test]

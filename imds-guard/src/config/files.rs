@@ -1,0 +1,258 @@
+//! Configuration files.
+
+use std::{
+    fs::{self, File},
+    io::Read as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use super::Keys;
+use crate::failure::Failure;
+
+/// Where the configuration is unless told otherwise.
+pub const CONFIG_FILE: &str = "/etc/imds-guard/config.toml";
+/// Directory beside it, whose `*.toml` are read after it, in the order of their names.
+pub const CONFIG_DIR: &str = "conf.d";
+
+/// Largest file that is read: enough for some 100,000 rules.
+const MAX_BYTES: u64 = 16 * 1024 * 1024;
+/// How alike a key must be to one that exists for it to be taken for a slip of the pen.
+const ALIKE: f64 = 0.7;
+
+/// A file that was read.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// Its path.
+    pub path: PathBuf,
+    /// What is in it.
+    pub keys: Keys,
+}
+
+/// Reads a configuration file and those of the directory beside it. It may be missing where it is not
+/// `required`, and so may the directory.
+///
+/// # Errors
+/// [`Failure::Settings`], with file, line and column where something is wrong in it.
+pub fn read(file: &Path, required: bool) -> Result<Vec<Source>, Failure> {
+    let mut sources = Vec::new();
+    if required || file.exists() {
+        sources.push(read_one(file)?);
+    }
+    let directory = drop_ins(file);
+    let mut more: Vec<PathBuf> = match fs::read_dir(&directory) {
+        Ok(entries) => entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|it| it == "toml"))
+            .filter(|path| {
+                !path
+                    .file_name()
+                    .is_some_and(|it| it.as_encoded_bytes().starts_with(b"."))
+            })
+            .collect(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(failure(&directory, &error.to_string())),
+    };
+    more.sort();
+    for path in more {
+        sources.push(read_one(&path)?);
+    }
+    let mut seen: std::collections::HashMap<&str, &Path> = Default::default();
+    for source in &sources {
+        for rule in &source.keys.rules {
+            if let Some(other) = seen.insert(&rule.name, &source.path) {
+                let what = format!(
+                    "rule \"{}\" has a namesake in {}",
+                    rule.name,
+                    other.display()
+                );
+                return Err(failure(&source.path, &what));
+            }
+        }
+    }
+    Ok(sources)
+}
+
+/// The directory beside a configuration file.
+#[must_use]
+pub fn drop_ins(file: &Path) -> PathBuf {
+    file.parent().unwrap_or(Path::new("/")).join(CONFIG_DIR)
+}
+
+fn read_one(path: &Path) -> Result<Source, Failure> {
+    let text = text(path).map_err(|what| failure(path, &what))?;
+    let keys =
+        parse(&text).map_err(|what| Failure::Settings(format!("{}{what}", path.display())))?;
+    Ok(Source {
+        path: path.to_owned(),
+        keys,
+    })
+}
+
+/// The text of a file that nobody else can change.
+fn text(path: &Path) -> Result<String, String> {
+    // A named pipe in its place would hold up the start.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path)
+        .map_err(|error| error.to_string())?;
+    let meta = file.metadata().map_err(|error| error.to_string())?;
+    if !meta.is_file() {
+        return Err("that is no file".into());
+    }
+    if ![0, nix::unistd::geteuid().as_raw()].contains(&meta.uid()) {
+        return Err(format!(
+            "it belongs to user {}: `chown root` it",
+            meta.uid()
+        ));
+    }
+    if meta.mode() & 0o002 != 0 {
+        return Err("everybody may write to it: `chmod o-w` it".into());
+    }
+    let mut bytes = Vec::new();
+    let read = file.take(MAX_BYTES + 1).read_to_end(&mut bytes);
+    read.map_err(|error| error.to_string())?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(format!("it has more than {MAX_BYTES} bytes"));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let line = error.as_bytes()[..at]
+            .iter()
+            .filter(|it| **it == b'\n')
+            .count()
+            + 1;
+        format!("line {line} is not UTF-8")
+    })
+}
+
+/// The keys in a text; an error begins with `:LINE:COLUMN: `.
+pub(super) fn parse(text: &str) -> Result<Keys, String> {
+    toml::from_str(text).map_err(|error| {
+        let at = error.span().map_or(0, |span| span.start).min(text.len());
+        let before = &text[..text.floor_char_boundary(at)];
+        let line = before.matches('\n').count() + 1;
+        let column = before.chars().rev().take_while(|it| *it != '\n').count() + 1;
+        format!(":{line}:{column}: {}", hint(error.message()))
+    })
+}
+
+/// An error about an unknown key says which one may be meant, instead of naming all.
+fn hint(message: &str) -> String {
+    let mut names = message.split('`').skip(1).step_by(2);
+    let is_unknown = message.starts_with("unknown field") || message.starts_with("unknown variant");
+    let Some(unknown) = names.next().filter(|_| is_unknown) else {
+        return message.trim_end().replace('\n', ": ");
+    };
+    let known: Vec<&str> = names.collect();
+    let alike = |name: &str| strsim::jaro_winkler(unknown, name);
+    let nearest = known.iter().max_by(|a, b| alike(a).total_cmp(&alike(b)));
+    let kind = if message.contains("field") {
+        "key"
+    } else {
+        "value"
+    };
+    match nearest {
+        Some(name) if alike(name) > ALIKE => {
+            format!("unknown {kind} `{unknown}`: did you mean `{name}`?")
+        }
+        _ => format!(
+            "unknown {kind} `{unknown}`: it is one of {}",
+            known.join(", ")
+        ),
+    }
+}
+
+fn failure(path: &Path, what: &str) -> Failure {
+    Failure::Settings(format!("{}: {what}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_line_is_named() {
+        let rule = |more: &str| format!("[[rule]]\nname = 'a'\nuid = 7\n{more}");
+        let table = [
+            (String::new(), Ok(0)),
+            (rule("action = 'upgrade'"), Ok(1)),
+            (rule("action = 'deny'\nanswer = 404"), Ok(1)),
+            (rule("hop_limit = 65"), Err(":4:13: a hop limit is")),
+            (
+                rule("action = 'denied'"),
+                Err(":4:10: unknown value `denied`: did you mean `deny`?"),
+            ),
+            (
+                rule("usr = 'x'"),
+                Err(":4:1: unknown key `usr`: did you mean `user`?"),
+            ),
+            (
+                rule("zzzz = 'x'"),
+                Err(":4:1: unknown key `zzzz`: it is one of name, "),
+            ),
+            (rule(""), Err(":1:1: rule \"a\": it changes nothing")),
+            (
+                rule("action = 'allow'\nanswer = 404"),
+                Err("answer belongs to"),
+            ),
+            (
+                rule("action = 'deny'\nanswer = 500"),
+                Err(":5:10: an answer is 401, 403, 404"),
+            ),
+            (
+                rule("action = 'deny'\npath = '/a//b'"),
+                Err(":5:8: \"/a//b\": write paths"),
+            ),
+            (
+                rule("action = 'deny'\nexe = 'curl'"),
+                Err("give a path from the root"),
+            ),
+            (
+                rule("action = 'deny'\nimds = 'v3'"),
+                Err("it is one of v1, v2, token"),
+            ),
+            (
+                rule("action = 'deny'\nexpires = 'soon'"),
+                Err(":5:11: \"soon\" is no date"),
+            ),
+            (rule("path = '/a'\nhop_limit = 2"), Err("are about callers")),
+            (
+                rule("sha256 = 'abc'\naction = 'allow'"),
+                Err("sha256 is 64 digits"),
+            ),
+            (
+                "[[rule]]\nname = 'a'\nuid = 'x'".into(),
+                Err(":3:7: \"x\" is no number"),
+            ),
+            ("[[rule]]\nuid = 7".into(), Err("missing field `name`")),
+            (
+                "mod = 'audit'".into(),
+                Err(":1:1: unknown key `mod`: did you mean `mode`?"),
+            ),
+            (
+                "mode = 'enforced'".into(),
+                Err(":1:8: unknown value `enforced`: did you mean `enforce`?"),
+            ),
+            (
+                "\n\nmax_connections = 0".into(),
+                Err(":3:19: max_connections is"),
+            ),
+            (
+                "mode = 'audit'\nmode = 'audit'".into(),
+                Err(":2:1: duplicate key"),
+            ),
+            ("[rule".into(), Err(":1:")),
+            ("mode = \"enf".into(), Err(":1:")),
+        ];
+        for (text, expected) in table {
+            match (parse(&text), expected) {
+                (Ok(keys), Ok(count)) => assert_eq!(keys.rules.len(), count, "{text}"),
+                (Err(error), Err(part)) => assert!(error.contains(part), "{text}: {error}"),
+                (got, _) => panic!("{text}: {got:?}"),
+            }
+        }
+    }
+}
