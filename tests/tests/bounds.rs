@@ -12,10 +12,13 @@ use std::{
 
 use imds_guard::{
     config::{Limits, Upstreams},
-    identify::{CommandLines, Resolver},
+    identify::{
+        CommandLines, Resolver,
+        workload::{Sources, Workloads},
+    },
     kernel::{Everyone, Exempt},
     policy::{Binding, HopLimitAction, Malformed, Mode, Policy},
-    proxy::{Acceptor, Backlog, Fallbacks, Proxy, Upstream, listen},
+    proxy::{Acceptor, Backlog, Fallbacks, Force, InForce, Proxy, Rates, Upstream, listen},
     record::{Event, Kind, Recorder, Writer},
     tokens::Tokens,
 };
@@ -52,21 +55,26 @@ impl Rig {
             flows: Box::new(Everyone(origin())),
             resolver: Arc::new(Resolver::new(
                 "/proc",
-                "/etc/passwd",
+                ("/etc/passwd", "/etc/group"),
                 "/nonexistent",
+                Workloads::new(Sources::default()),
                 Some(1),
                 CommandLines::Off,
             )),
-            policy: Policy {
-                mode: Mode::Enforce,
-                hop_limit: 1,
-                hop_limit_action: HopLimitAction::Reject,
-                token_binding: Binding::Off,
-                rules: Vec::new(),
-            },
-            tokens: Tokens::new(Path::new("/proc/none")),
+            in_force: Arc::new(InForce::new(Force {
+                policy: Policy {
+                    mode: Mode::Enforce,
+                    hop_limit: 1,
+                    hop_limit_action: HopLimitAction::Reject,
+                    token_binding: Some(Binding::Off),
+                    rules: Arc::default(),
+                },
+                marks_answers: false,
+            })),
+            rates: Rates::default(),
+            tally: Arc::default(),
+            tokens: Arc::new(Tokens::new(Path::new("/proc/none"))),
             fallbacks: Fallbacks::default(),
-            marks_answers: false,
             upstream: Upstream::new(
                 Upstreams {
                     v4: upstream,

@@ -109,11 +109,11 @@ fn a_rule_gives_one_container_a_limit_of_its_own() {
     let lab = imds_guard_tests::lab();
     let driver = lab.add_container("driver").unwrap();
     let name = lab.cgroup().path().file_name().unwrap().display();
-    let rules = lab.run_dir().with_extension("rules");
+    let rules = lab.config();
     let text = format!("[[rule]]\nname = 'csi-driver'\ncgroup = '/{name}/driver'\nhop_limit = 2\n");
     std::fs::write(&rules, text).unwrap();
     let mut command = lab.guard_command(GUARD);
-    command.args(["--mode", "enforce", "--rules"]).arg(&rules);
+    command.args(["--mode", "enforce"]);
     let guard = imds_guard::lab::Guard::spawn(&mut command).unwrap();
     lab.imds().set_hop_limit(2);
     let rule = |room: &Room, expected: &str| {

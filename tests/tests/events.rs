@@ -5,12 +5,12 @@ use std::{env, fs, path::PathBuf, sync::Arc};
 use imds_guard::{
     policy::{
         Caller, Imds, Malformed, Mode, Reason, Verdict,
-        caller::{Netns, Parent, Runtime, Sender, Unresolved},
+        caller::{Missing, Netns, Parent, Runtime, Sender, Unresolved},
     },
     record::{
-        AnsweredBy, ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer, Packet,
-        RefusedConnection, Request, SCHEMA_VERSION, Started, Stopped, UpstreamFailure,
-        UpstreamFailureKind,
+        AnsweredBy, By, Change, ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer,
+        Packet, PolicyChange, RefusedConnection, Request, RuleExpired, SCHEMA_VERSION, Started,
+        Stopped, UpstreamFailure, UpstreamFailureKind,
     },
 };
 
@@ -52,24 +52,32 @@ fn v1_request() -> Request {
             resolved: true,
             unresolved: None,
             exe: Some("/usr/bin/curl".into()),
+            exe_verified: true,
+            exe_sha256: None,
             command_line: Some(vec!["curl".into(), "-s".into(), "169.254.169.254".into()]),
             started: Some("2026-01-02T03:04:05.50Z".into()),
             parents: vec![
                 Parent {
                     pid: 4000,
                     exe: Some("/usr/bin/dash".into()),
+                    exe_verified: false,
                 },
                 Parent {
                     pid: 1,
                     exe: Some("/usr/lib/systemd/systemd".into()),
+                    exe_verified: false,
                 },
             ],
             cgroup: Some("/system.slice/backup.service".into()),
             user: Some("www-data".into()),
+            group: Some("www-data".into()),
             systemd_unit: Some("backup.service".into()),
             container_id: None,
             container_runtime: None,
             pod_uid: None,
+            container: None,
+            pod: None,
+            missing: Missing::default(),
         }),
         latency_us: Latency {
             guard: 180,
@@ -199,6 +207,33 @@ fn every_kind_of_event_is_written_as_documented() {
                 container_id: None,
             }),
             unreported: 17,
+        }),
+        Kind::Policy(PolicyChange {
+            change: Change::Mode,
+            by: Some(By {
+                pid: 4711,
+                uid: 0,
+                login: Some("ec2-user".into()),
+            }),
+            mode: Mode::Audit,
+            until: Some("2026-01-02T05:04:05Z".into()),
+            rules: 3,
+            error: None,
+            needs_restart: Vec::new(),
+        }),
+        Kind::Policy(PolicyChange {
+            change: Change::Rejected,
+            by: None,
+            mode: Mode::Enforce,
+            until: None,
+            rules: 3,
+            error: Some("/etc/imds-guard/config.toml:1:1: unknown key `mod`".into()),
+            needs_restart: vec!["listen".into()],
+        }),
+        Kind::RuleExpired(RuleExpired {
+            rule: "legacy".into(),
+            owner: Some("storage team".into()),
+            expires: "2026-01-01".into(),
         }),
         Kind::Stopped(Stopped {
             counts: Counts {

@@ -197,8 +197,20 @@ fn status_says_which_layers_are_off() {
     drop(guard);
     let cgroup = lab.cgroup().path().to_str().unwrap();
     let mut off = lab.command(Place::Guard, GUARD);
-    off.args(["run", "--no-backstop", "--no-perimeter", "--cgroup", cgroup]);
-    let guard = Guard::spawn(off.arg("--pins").arg(lab.pins())).unwrap();
+    off.args([
+        "run",
+        "--backstop=false",
+        "--perimeter=false",
+        "--cgroup",
+        cgroup,
+    ]);
+    let guard = Guard::spawn(
+        off.arg("--pins")
+            .arg(lab.pins())
+            .arg("--run-dir")
+            .arg(lab.run_dir()),
+    )
+    .unwrap();
     let (_, report) = status(&lab);
     assert_eq!(report["backstop"], false);
     assert_eq!(report["perimeter"], Value::Array(Vec::new()));

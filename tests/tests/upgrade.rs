@@ -28,14 +28,14 @@ fn a_rule_carries_v1_over_to_an_instance_that_requires_tokens() {
     let lab = lab();
     lab.imds().set_http_tokens(HttpTokens::Required);
     lab.imds().set_hop_limit(2);
-    let rules = lab.run_dir().with_extension("rules");
+    let rules = lab.config();
     fs::write(
         &rules,
         "[[rule]]\nname = 'old agent'\nuid = 65534\nhop_limit = 2\naction = 'upgrade'\n",
     )
     .unwrap();
     let mut command = lab.guard_command(GUARD);
-    command.args(["--mode", "enforce", "--rules"]).arg(&rules);
+    command.args(["--mode", "enforce"]);
     let guard = Guard::spawn(&mut command).unwrap();
 
     for address in [ADDRESSES[0], ADDRESSES[1], ADDRESSES[0]] {

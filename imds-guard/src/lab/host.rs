@@ -1,7 +1,7 @@
 //! The lab: an EC2 host, its metadata service and its containers.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::process::CommandExt;
@@ -178,6 +178,11 @@ impl Lab {
             },
         )?;
         let containers = AtomicU8::new(0);
+        let files = Mount::files().context("cannot make a file system")?;
+        let etc = files.path().join("etc");
+        fs::create_dir(&etc)
+            .and_then(|()| fs::write(etc.join("config.toml"), ""))
+            .context("cannot make a configuration")?;
         Ok(Self {
             guard: Room::new(Arc::clone(&host_ns), make_cgroup(cgroup.path(), "guard")?)?,
             host: Room::new(Arc::clone(&host_ns), make_cgroup(cgroup.path(), "host")?)?,
@@ -189,7 +194,7 @@ impl Lab {
             cgroup,
             imds,
             bpffs: Mount::bpf().context("cannot make a BPF file system")?,
-            files: Mount::files().context("cannot make a file system")?,
+            files,
             containers,
             imds_ns,
             cgroup_root: config.cgroup_root,
@@ -233,7 +238,7 @@ impl Lab {
         self.bpffs.path().join("imds-guard")
     }
 
-    /// Where a guard in this lab keeps its keys.
+    /// Where a guard in this lab keeps its keys and its control socket.
     #[must_use]
     pub fn run_dir(&self) -> PathBuf {
         self.files.path().join("run")
@@ -260,7 +265,27 @@ impl Lab {
             self.run_dir().into(),
             "--uplink".into(),
             "eth0".into(),
+            "--config".into(),
+            self.config().into(),
+            "--docker-socket".into(),
+            self.docker_socket().into(),
+            "--containerd-state".into(),
+            self.files.path().join("containerd").into(),
+            "--containers-storage".into(),
+            self.files.path().join("containers").into(),
         ]
+    }
+
+    /// The configuration file of a guard in this lab, empty at first.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.files.path().join("etc/config.toml")
+    }
+
+    /// Where a guard in this lab looks for docker; nothing is there at first.
+    #[must_use]
+    pub fn docker_socket(&self) -> PathBuf {
+        self.files.path().join("docker.sock")
     }
 
     /// The room behind a place.
