@@ -21,7 +21,7 @@ use imds_guard::{
     kernel::probe,
     lab::{Guard, Lab, LabConfig, Place},
     policy::Caller,
-    record::{Event, Request},
+    record::{Event, Kind, PolicyChange, Request},
 };
 
 /// The Python that has the packages of `tests/requirements.txt`.
@@ -71,6 +71,66 @@ impl Sandbox {
         change(&mut command);
         let guard = Guard::spawn(&mut command).unwrap_or_else(|error| panic!("{error:#}"));
         Self { guard, lab }
+    }
+
+    /// A host with a guard that has this configuration file.
+    ///
+    /// # Panics
+    /// As [`Sandbox::new`].
+    #[must_use]
+    pub fn configured(program: &str, config: &str) -> Self {
+        let lab = lab();
+        let written = std::fs::write(lab.config(), config);
+        assert!(written.is_ok(), "{written:?}");
+        let guard = Guard::spawn(&mut lab.guard_command(program));
+        let guard = guard.unwrap_or_else(|error| panic!("{error:#}"));
+        Self { guard, lab }
+    }
+
+    /// Puts another configuration file in the place of the guard's, as a whole.
+    ///
+    /// # Panics
+    /// It cannot be written.
+    pub fn configure(&self, config: &str) {
+        let (file, new) = (self.lab.config(), self.lab.config().with_extension("new"));
+        let written = std::fs::write(&new, config).and_then(|()| std::fs::rename(&new, &file));
+        assert!(written.is_ok(), "{written:?}");
+    }
+
+    /// The guard's next event, which must be about its policy.
+    ///
+    /// # Panics
+    /// It does not come, or is about something else.
+    #[must_use]
+    pub fn change(&self) -> PolicyChange {
+        match self.guard.event().map(|event| event.kind) {
+            Ok(Kind::Policy(change)) => change,
+            other => panic!("expected a change of policy, not {other:?}"),
+        }
+    }
+
+    /// Runs a command of imds-guard that speaks to this guard, which must go well. Returns what it printed.
+    ///
+    /// # Panics
+    /// It fails.
+    pub fn tell(&self, program: &str, arguments: &[&str]) -> String {
+        let output = self.try_to_tell(program, arguments);
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {complaint}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// The same, whatever becomes of it.
+    ///
+    /// # Panics
+    /// It cannot be run.
+    pub fn try_to_tell(&self, program: &str, arguments: &[&str]) -> Output {
+        run(self
+            .lab
+            .command(Place::Guard, program)
+            .args(arguments)
+            .env("IMDS_GUARD_RUN_DIR", self.lab.run_dir())
+            .env("IMDS_GUARD_PINS", self.lab.pins()))
     }
 
     /// Runs curl, silently, with a time-out that only a hang reaches.

@@ -7,6 +7,7 @@ mod bypass;
 mod caller;
 mod clients;
 mod command_line;
+mod configuration;
 mod containers;
 mod demo;
 mod distance;
@@ -17,11 +18,15 @@ mod holes;
 mod http;
 mod lab;
 mod lifecycle;
+mod live;
 mod load;
 mod redirect;
+mod rules;
+mod story;
 mod strict;
 mod tokens;
 mod upgrade;
+mod workloads;
 
 /// imds-guard's command line.
 const GUARD: &str = env!("CARGO_BIN_EXE_guard-under-test");
