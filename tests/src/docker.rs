@@ -4,7 +4,7 @@ use std::{
     env,
     ffi::{OsStr, OsString},
     io::{BufRead as _, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
 };
@@ -122,8 +122,17 @@ impl Docker {
     /// The container cannot be made.
     #[must_use]
     pub fn run(&self, options: &[&str], script: &str) -> Ran {
+        self.run_image(IMAGE, options, script)
+    }
+
+    /// The same, of another image.
+    ///
+    /// # Panics
+    /// The container cannot be made.
+    #[must_use]
+    pub fn run_image(&self, image: &str, options: &[&str], script: &str) -> Ran {
         let id = self.done(
-            [&["create"], options, &[IMAGE, "sh", "-c"]]
+            [&["create"], options, &[image, "sh", "-c"]]
                 .concat()
                 .into_iter()
                 .chain([format!("exec 2>&1; {script}").as_str()]),
@@ -146,6 +155,15 @@ impl Docker {
         let complaint = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "docker: {complaint}");
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    /// Lets others find its socket here, too.
+    ///
+    /// # Panics
+    /// Something else is there.
+    pub fn show(&self, socket: &Path) {
+        let shown = std::os::unix::fs::symlink(self.inside("docker.sock"), socket);
+        assert!(shown.is_ok(), "{shown:?}");
     }
 
     /// Docker's command line.

@@ -186,7 +186,7 @@ fn c1_c2_c4_a_rule_is_about_who_connected() {
     let ask = |before: &str, after: &str| {
         let script = format!(
             r"
-import os, socket
+import array, os, socket
 def connect():
     s = socket.socket()
     s.connect(('169.254.169.254', 80))
@@ -213,7 +213,8 @@ def ask(s):
 pid = os.fork()
 if pid == 0:
     {become_nobody}
-    socket.send_fds(there, [b'x'], [connect().fileno()])
+    s = connect()
+    socket.send_fds(there, [b'x'], [s.fileno()])
     there.recv(1)
     os._exit(0)
 _, fds, _, _ = socket.recv_fds(here, 1, 1)"
@@ -226,7 +227,10 @@ _, fds, _, _ = socket.recv_fds(here, 1, 1)"
     // C4: and inherited.
     let inherit =
         format!("r, w = os.pipe()\nif os.fork() == 0:\n    {become_nobody}\n    s = connect()");
-    let got = ask(&inherit, "    print(ask(s)); os._exit(0)\nos.wait()");
+    let got = ask(
+        &inherit,
+        "    print(ask(s), flush=True); os._exit(0)\nos.wait()",
+    );
     assert_eq!(got, ("401".into(), 65534));
 }
 
@@ -238,7 +242,7 @@ fn c8_who_is_gone_gets_nothing_by_a_rule_on_a_program() {
     // The child connects and ends at once; the connection is its, and the parent asks.
     let script = format!(
         r"
-import os, socket
+import array, os, socket
 here, there = socket.socketpair()
 if os.fork() == 0:
     s = socket.socket()
@@ -323,7 +327,8 @@ fn d1_d2_a_rule_on_a_path_holds_however_it_is_written() {
 #[test]
 fn d3_users_that_look_alike_are_told_apart() {
     let lab = lab();
-    let passwd = lab.config().with_file_name("passwd");
+    let folder = Folder::new("d3");
+    let passwd = folder.0.join("passwd");
     // The last is Cyrillic; one is called by another's number; one uid has two names.
     let users = "root:x:0:0::/:/bin/sh\ndeploy:x:2001:2001::/:/bin/sh\nDeploy:x:2002:2002::/:/bin/sh\n\
                  deploy :x:2003:2003::/:/bin/sh\n2001:x:2004:2004::/:/bin/sh\n\

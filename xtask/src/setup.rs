@@ -17,20 +17,18 @@ type Need = (&'static str, &'static str);
 const NEEDS: [Need; 3] = [("curl", "curl"), ("ip", "iproute2"), ("python3", "python3")];
 
 /// What only the tests call.
-const TEST_NEEDS: [Need; 5] = [
+const TEST_NEEDS: [Need; 6] = [
     ("busybox", "busybox-static"),
     ("iptables", "iptables"),
     ("node", "nodejs"),
     ("npm", "npm"),
     ("wget", "wget"),
+    ("wrk", "wrk"),
 ];
 
 /// The packages of Docker; some releases have its command line in one of its own.
 const DOCKER: [&str; 3] = ["docker.io", "containerd", "runc"];
 const DOCKER_CLI: &str = "docker-cli";
-
-/// What only the benchmark calls.
-const BENCH_NEEDS: [Need; 1] = [("wrk", "wrk")];
 
 /// What only fuzzing calls: libFuzzer is C++.
 const FUZZ_NEEDS: [Need; 1] = [("c++", "g++")];
