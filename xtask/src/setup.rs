@@ -118,7 +118,7 @@ pub fn run_for_fuzz() -> Result<()> {
 pub fn run_for_bench() -> Result<()> {
     run()?;
     install_proxies()?;
-    let packages = missing(&BENCH_NEEDS);
+    let packages = missing(&TEST_NEEDS);
     if packages.is_empty() {
         return Ok(());
     }

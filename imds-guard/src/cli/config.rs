@@ -37,14 +37,13 @@ struct Layered {
     config: Option<PathBuf>,
 
     #[command(flatten)]
-    keys: Box<Keys>,
+    keys: Keys,
 }
 
 /// Checks, shows or describes.
 pub fn main(arguments: &Arguments, matches: &ArgMatches) -> Result<ExitCode, Failure> {
     let read = |layered: &Layered| {
-        let keys = Keys::clone(&layered.keys);
-        Layers::new(layered.config.as_deref(), keys, matches).read()
+        Layers::new(layered.config.as_deref(), layered.keys.clone(), matches).read()
     };
     match &arguments.command {
         Command::Check(layered) => {

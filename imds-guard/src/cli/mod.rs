@@ -43,7 +43,7 @@ struct Arguments {
 enum Command {
     /// Watch this host until SIGTERM
     #[command(long_about = run::ABOUT, after_long_help = EXIT_CODES)]
-    Run(run::Arguments),
+    Run(Box<run::Arguments>),
     /// Show what is in force on this host
     #[command(long_about = status::ABOUT)]
     Status(status::Arguments),
@@ -62,7 +62,7 @@ enum Command {
     /// Have the guard that is running finish what it has begun, and end
     Drain(mode::ReloadArguments),
     /// Check, show or describe the configuration
-    Config(config::Arguments),
+    Config(Box<config::Arguments>),
     /// Write rules for what was seen
     Policy(policy::Arguments),
     /// Remove what a guard has left on this host

@@ -70,7 +70,10 @@ struct Report {
 
 /// Prints what is in force.
 pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
-    while arguments.watch {
+    if !arguments.watch {
+        return show(arguments);
+    }
+    loop {
         if io::stdout().is_terminal() {
             // To the top left, and nothing below it.
             print!("\x1b[H\x1b[J");
@@ -78,7 +81,6 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
         show(arguments)?;
         thread::sleep(WATCH);
     }
-    show(arguments)
 }
 
 fn show(arguments: &Arguments) -> Result<ExitCode, Failure> {
