@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_guard::{
-    lab::{Guard, Place},
+    lab::{Guard, Lab, Place},
     policy::{Imds, Reason, Verdict},
     record::Request,
 };
@@ -66,6 +66,17 @@ fn v1(sandbox: &Sandbox, command: &mut Command) -> (String, Request) {
         .arg(url));
     let status = String::from_utf8_lossy(&output.stdout).into_owned();
     (status, sandbox.request())
+}
+
+/// A guard that sees another file system than the rest: what this shell command, which is given a path, has
+/// mounted.
+fn with_mount(lab: Lab, mount: &str, path: &Path) -> Sandbox {
+    let script = format!("{mount} && exec \"$@\"");
+    let mut command = lab.command(Place::Guard, "unshare");
+    command.args(["--mount", "sh", "-c", &script]).arg(path);
+    command.arg(GUARD).args(lab.guard_arguments());
+    let guard = Guard::spawn(&mut command).unwrap();
+    Sandbox { guard, lab }
 }
 
 fn only(selectors: &str) -> String {
@@ -153,6 +164,23 @@ fn c3_a_replaced_program_is_not_the_one_in_its_place() {
     assert_eq!(ask(), ("401".into(), false));
     drop(child.stdin.take());
     child.wait().unwrap();
+}
+
+/// C3: where the service manager hides a directory from the guard (`PrivateTmp=`, `ProtectHome=`), what
+/// runs there is still known, as init sees it.
+#[test]
+fn c3_a_program_that_is_hidden_from_the_guard_is_found_through_init() {
+    let folder = Folder::new("c3-hidden");
+    let program = folder.copy(&real("curl"), "program");
+    let lab = lab();
+    fs::write(
+        lab.config(),
+        only(&format!("exe = '{}'", program.display())),
+    )
+    .unwrap();
+    let sandbox = with_mount(lab, "mount -t tmpfs none \"$0\"", &folder.0);
+    let (status, event) = v1(&sandbox, &mut sandbox.lab.command(Place::Host, &program));
+    assert_eq!((status.as_str(), event.caller.exe_verified), ("200", true));
 }
 
 /// C3: a digest follows the content, wherever it is.
@@ -336,19 +364,7 @@ fn d3_users_that_look_alike_are_told_apart() {
                  other:x:2007:2007::/:/bin/sh\ndeploy:x:2007:2007::/:/bin/sh\n";
     fs::write(&passwd, users).unwrap();
     fs::write(lab.config(), only("user = 'deploy'")).unwrap();
-    let mut command = lab.command(Place::Guard, "unshare");
-    command
-        .args([
-            "--mount",
-            "sh",
-            "-c",
-            "mount --bind \"$0\" /etc/passwd && exec \"$@\"",
-        ])
-        .arg(&passwd)
-        .arg(GUARD)
-        .args(lab.guard_arguments());
-    let guard = Guard::spawn(&mut command).unwrap();
-    let sandbox = Sandbox { guard, lab };
+    let sandbox = with_mount(lab, "mount --bind \"$0\" /etc/passwd", &passwd);
     for uid in 2001..=2007 {
         let mut curl = sandbox.lab.command(Place::Host, "setpriv");
         curl.args(["--reuid", &uid.to_string(), "--clear-groups", "curl"]);

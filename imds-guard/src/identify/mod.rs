@@ -220,6 +220,12 @@ impl Resolver {
             caller.resolved = true;
         } else {
             caller.unresolved = Some(Unresolved::Gone);
+            // These were asked for by pid, which may have been somebody else's by then.
+            caller.exe_verified = false;
+            caller.exe_sha256 = None;
+            for parent in &mut caller.parents {
+                parent.exe_verified = false;
+            }
         }
     }
 

@@ -302,15 +302,14 @@ impl Rule {
         tell(
             "exe",
             self.exe.as_ref().map(|globs| match &caller.exe {
+                _ if !known => Fit::Unknown,
                 Some(exe) if caller.exe_verified || self.names_container() => {
                     globs.matches(|glob| glob.matches(exe)).into()
                 }
                 // Another file than the host has under that name, and so none of those that are named. Of
                 // those that are not to be it, it may be each: it never gains by that.
                 Some(_) if globs.any().is_empty() => (self.action == Some(RuleAction::Deny)).into(),
-                Some(_) => Fit::No,
-                None if !known => Fit::Unknown,
-                None => Fit::No,
+                Some(_) | None => Fit::No,
             }),
         )?;
         tell(
