@@ -166,23 +166,6 @@ fn c3_a_replaced_program_is_not_the_one_in_its_place() {
     child.wait().unwrap();
 }
 
-/// C3: where the service manager hides a directory from the guard (`PrivateTmp=`, `ProtectHome=`), what
-/// runs there is still known, as init sees it.
-#[test]
-fn c3_a_program_that_is_hidden_from_the_guard_is_found_through_init() {
-    let folder = Folder::new("c3-hidden");
-    let program = folder.copy(&real("curl"), "program");
-    let lab = lab();
-    fs::write(
-        lab.config(),
-        only(&format!("exe = '{}'", program.display())),
-    )
-    .unwrap();
-    let sandbox = with_mount(lab, "mount -t tmpfs none \"$0\"", &folder.0);
-    let (status, event) = v1(&sandbox, &mut sandbox.lab.command(Place::Host, &program));
-    assert_eq!((status.as_str(), event.caller.exe_verified), ("200", true));
-}
-
 /// C3: a digest follows the content, wherever it is.
 #[test]
 fn c3_a_rule_on_a_digest_is_about_the_content() {

@@ -153,3 +153,31 @@ fn digest(file: &File) -> io::Result<String> {
         .map(|byte| format!("{byte:02x}"))
         .collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// C3: where the service manager hides a directory from the guard (`PrivateTmp=`, `ProtectHome=`), what
+    /// runs there is still known, as init sees it.
+    #[test]
+    fn c3_a_program_that_is_hidden_from_the_guard_is_found_through_init() {
+        let proc = std::env::temp_dir().join(format!("imds-guard-{}-proc", std::process::id()));
+        let inits = proc.join("init");
+        fs::create_dir_all(inits.join("hidden")).unwrap();
+        fs::create_dir_all(proc.join("1")).unwrap();
+        fs::create_dir_all(proc.join("42")).unwrap();
+        symlink(&inits, proc.join("1/root")).unwrap();
+        for name in ["program", "other"] {
+            fs::write(inits.join("hidden").join(name), name).unwrap();
+        }
+        symlink(inits.join("hidden/program"), proc.join("42/exe")).unwrap();
+        assert!(is_hosts(&proc, 42, "/hidden/program"));
+        assert!(!is_hosts(&proc, 42, "/hidden/other"));
+        assert!(!is_hosts(&proc, 42, "hidden/program"));
+        assert!(!is_hosts(&proc, 43, "/hidden/program"));
+        fs::remove_dir_all(&proc).unwrap();
+    }
+}

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc;
 use std::task::Poll;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use hyper::service::service_fn;
@@ -26,6 +26,8 @@ use crate::lab::NetNs;
 const USUAL_TTL: u8 = 64;
 
 /// Rest after a failed accept, which mostly means that file descriptors have run out.
+/// How long an address may be taken by a listener that was closed.
+const HELD_BY_CHILDREN: Duration = Duration::from_secs(5);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 
 /// The thread. It ends when this is dropped.
@@ -138,10 +140,27 @@ async fn run(mut orders: UnboundedReceiver<Order>, state: Shared) {
 async fn listen(addresses: &[SocketAddr]) -> Result<Vec<TcpListener>> {
     let mut listeners = Vec::new();
     for address in addresses {
-        let listener = TcpListener::bind(address).await;
+        let listener = bind(*address).await;
         listeners.push(listener.with_context(|| format!("cannot listen at {address}"))?);
     }
     Ok(listeners)
+}
+
+/// Takes an address. A child process that another thread is about to start holds a copy of the listener
+/// that was closed here, until it executes its program; nothing tells when.
+async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let begun = Instant::now();
+    loop {
+        match TcpListener::bind(address).await {
+            Err(error)
+                if error.kind() == io::ErrorKind::AddrInUse
+                    && begun.elapsed() < HELD_BY_CHILDREN =>
+            {
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+            bound => return bound,
+        }
+    }
 }
 
 /// Takes the next connection from whichever listener has one; waits for ever when there is none.
