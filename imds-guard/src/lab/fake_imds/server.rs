@@ -25,9 +25,9 @@ use crate::lab::NetNs;
 /// The TTL of everything but replies to `PUT`.
 const USUAL_TTL: u8 = 64;
 
-/// Rest after a failed accept, which mostly means that file descriptors have run out.
 /// How long an address may be taken by a listener that was closed.
 const HELD_BY_CHILDREN: Duration = Duration::from_secs(5);
+/// Rest after a failed accept, which mostly means that file descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 
 /// The thread. It ends when this is dropped.
