@@ -6,7 +6,7 @@ use std::sync::Arc;
 use imds_guard::{
     policy::{
         Caller, Malformed, Mode, Reason, Verdict,
-        caller::{Netns, Parent},
+        caller::{Container, Parent, Pod},
         shortened,
     },
     record::{AnsweredBy, Endpoint, Event, Kind, Latency, Request},
@@ -18,29 +18,28 @@ fuzz_target!(|bytes: &[u8]| {
     let mut parts = text.split('\u{1}').map(|part| shortened(part, 512));
     let mut part = || parts.next().unwrap_or_default();
     let caller = Caller {
-        pid: 1,
-        tid: 1,
-        uid: 0,
-        gid: 0,
         comm: part(),
-        cgroup_id: 1,
-        netns_cookie: 1,
-        netns: Netns::Host,
         resolved: true,
-        unresolved: None,
         exe: Some(part()),
         command_line: Some(vec![part(), part()]),
-        started: None,
         parents: vec![Parent {
             pid: 1,
             exe: Some(part()),
+            exe_verified: false,
         }],
         cgroup: Some(part()),
-        user: None,
         systemd_unit: Some(part()),
-        container_id: None,
-        container_runtime: None,
-        pod_uid: None,
+        container: Some(Arc::new(Container {
+            name: Some(part()),
+            image: Some(part()),
+        })),
+        pod: Some(Arc::new(Pod {
+            name: part(),
+            namespace: part(),
+            labels: [(part(), part())].into(),
+            ..Pod::default()
+        })),
+        ..Caller::default()
     };
     let event = Event::now(
         "host",

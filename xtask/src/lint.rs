@@ -31,6 +31,18 @@ pub fn run() -> Result<()> {
         "--deny",
         "warnings",
     ])?;
+    // The fuzz targets are no part of the workspace, and are run after tests that take long.
+    check([
+        "clippy",
+        "--manifest-path",
+        "fuzz/Cargo.toml",
+        "--target-dir",
+        "target",
+        "--locked",
+        "--",
+        "--deny",
+        "warnings",
+    ])?;
     lint_kernel_programs()?;
     check_dependencies()
 }
