@@ -64,6 +64,7 @@ fuzz_target!(|bytes: &[u8]| {
                 guard: 0,
                 upstream: 0,
             },
+            folded: None,
         })),
     );
     let line = serde_json::to_string(&event).expect("an event");

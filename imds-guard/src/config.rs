@@ -4,6 +4,7 @@ mod example;
 mod files;
 mod keys;
 mod layers;
+mod outputs;
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
@@ -18,6 +19,7 @@ pub use example::{example, schema};
 pub use files::{CONFIG_FILE, drop_ins};
 pub use keys::{KernelLog, Keys};
 pub use layers::{Configuration, Layers, Origin};
+pub use outputs::{MetricsAt, OutputSettings};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -286,8 +288,10 @@ pub struct Settings {
     pub replace: bool,
     /// Where requests are forwarded to.
     pub upstreams: Upstreams,
-    /// The event file; `None` is standard output.
-    pub events: Option<PathBuf>,
+    /// Where events go.
+    pub outputs: OutputSettings,
+    /// Where metrics are served.
+    pub metrics: Option<MetricsAt>,
     /// Where the keys of session tokens are kept.
     pub run_dir: PathBuf,
     /// Whether answers of the guard's own say so in a header.

@@ -8,7 +8,7 @@ use super::Keys;
 
 /// Keys without a default of one value; in the example they are commented out, with a value to show how
 /// they are written.
-const WITHOUT_DEFAULT: [(&str, &str); 10] = [
+const WITHOUT_DEFAULT: [(&str, &str); 15] = [
     ("token_binding", "\"container\""),
     ("on_failure", "\"closed\""),
     ("on_stop", "\"keep\""),
@@ -16,6 +16,11 @@ const WITHOUT_DEFAULT: [(&str, &str); 10] = [
     ("uplink", "[\"ens5\"]"),
     ("upstream", "[\"169.254.169.254:80\"]"),
     ("events", "\"/var/log/imds-guard/events.jsonl\""),
+    ("ocsf", "\"/var/log/imds-guard/ocsf.jsonl\""),
+    ("emf", "\"-\""),
+    ("journald", "\"/run/systemd/journal/socket\""),
+    ("otlp", "\"http://127.0.0.1:4318\""),
+    ("metrics", "\"127.0.0.1:9254\""),
     ("kubernetes_node", "\"ip-10-0-0-1.ec2.internal\""),
     ("kubeconfig", "\"/etc/imds-guard/kubeconfig\""),
     ("rule", ""),

@@ -2,8 +2,10 @@
 
 use std::{
     net::SocketAddr,
+    num::NonZeroU32,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use clap::{Args, value_parser};
@@ -11,14 +13,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use super::{
-    IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4, LISTENER_V6, Limits, OnFailure,
-    OnStop, Pair, RUN_DIR, Settings, Uplinks, Upstreams,
+    IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4, LISTENER_V6, Limits, MetricsAt,
+    OnFailure, OnStop, OutputSettings, Pair, RUN_DIR, Settings, Uplinks, Upstreams,
 };
 use crate::{
     failure::Failure,
     identify::{CommandLines, workload},
     kernel::PINS,
     policy::{Binding, HopLimitAction, Mode, Policy, Rule, Rules, pattern::Glob},
+    record::output::{Collector, JOURNALD, Rotation, Sync},
 };
 
 /// Most connections that can be served at once.
@@ -164,11 +167,78 @@ pub struct Keys {
     #[schemars(with = "Option<Vec<String>>")]
     pub upstream: Option<Vec<SocketAddr>>,
 
-    /// File that events are appended to
-    /// [default: standard output]
+    /// Event log, rotated by size and age; `-` is standard output
+    /// [default: -, unless ocsf or emf is]
     #[arg(long, env = "IMDS_GUARD_EVENTS", value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub events: Option<PathBuf>,
+
+    /// MiB in one file, before a new one is begun and the old one compressed
+    /// [default: 64]
+    #[arg(long, env = "IMDS_GUARD_EVENTS_FILE_MIB", value_name = "MIB")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub events_file_mib: Option<NonZeroU32>,
+
+    /// Hours in one file
+    /// [default: 24]
+    #[arg(long, env = "IMDS_GUARD_EVENTS_FILE_HOURS", value_name = "HOURS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub events_file_hours: Option<NonZeroU32>,
+
+    /// MiB in all files of a log; the oldest is removed
+    /// [default: 1024]
+    #[arg(long, env = "IMDS_GUARD_EVENTS_TOTAL_MIB", value_name = "MIB")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub events_total_mib: Option<NonZeroU32>,
+
+    /// When events are brought to the disk itself: never (when the kernel sees fit), once a second, or with
+    /// every batch
+    /// [default: second]
+    #[arg(long, env = "IMDS_GUARD_EVENTS_SYNC", value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub events_sync: Option<Sync>,
+
+    /// Fold calls of one process that are alike within so many seconds into one line; 0 is not at all
+    /// [default: 0]
+    #[arg(long, env = "IMDS_GUARD_EVENTS_FOLD_SECONDS", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub events_fold_seconds: Option<u32>,
+
+    /// Let each line of the event log carry the hash of the one before: `imds-guard events verify`
+    /// [default: false]
+    #[arg(long, env = "IMDS_GUARD_EVENTS_CHAIN", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub events_chain: Option<bool>,
+
+    /// Also write requests in the Open Cybersecurity Schema Framework's form to this file, or `-`
+    /// [default: none]
+    #[arg(long, env = "IMDS_GUARD_OCSF", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ocsf: Option<PathBuf>,
+
+    /// Also write requests without a session token in CloudWatch's embedded metric format to this file, or `-`
+    /// [default: none]
+    #[arg(long, env = "IMDS_GUARD_EMF", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub emf: Option<PathBuf>,
+
+    /// Also send events to journald, which listens on this socket
+    /// [default: none; without a value /run/systemd/journal/socket]
+    #[arg(long, env = "IMDS_GUARD_JOURNALD", value_name = "SOCKET", num_args = 0..=1, require_equals = true, default_missing_value = JOURNALD)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub journald: Option<PathBuf>,
+
+    /// Also send events to this collector of OpenTelemetry logs, as http://127.0.0.1:4318
+    /// [default: none]
+    #[arg(long, env = "IMDS_GUARD_OTLP", value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub otlp: Option<String>,
+
+    /// Serve metrics for Prometheus on this loopback address and port, or Unix socket
+    /// [default: none]
+    #[arg(long, env = "IMDS_GUARD_METRICS", value_name = "ADDRESS:PORT|PATH")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<MetricsAt>,
 
     /// How much of the callers' command lines is recorded: redacted, full or off
     /// [default: redacted]
@@ -305,7 +375,8 @@ impl Keys {
             pins: path(&self.pins, PINS),
             replace: false,
             upstreams: Upstreams::resolve(endpoints, self.upstream.as_deref().unwrap_or_default())?,
-            events: self.events.clone(),
+            outputs: self.outputs()?,
+            metrics: self.metrics.clone(),
             run_dir: path(&self.run_dir, RUN_DIR),
             marks_answers: self.mark_answers.unwrap_or_default(),
             command_lines: self.command_lines.unwrap_or_default(),
@@ -332,6 +403,35 @@ impl Keys {
         };
         settings.validate()?;
         Ok(settings)
+    }
+
+    fn outputs(&self) -> Result<OutputSettings, Failure> {
+        let default = OutputSettings::default();
+        let mib = |given: Option<NonZeroU32>, default| {
+            given.map_or(default, |mib| u64::from(mib.get()) * 1024 * 1024)
+        };
+        let hours = |hours: NonZeroU32| Duration::from_secs(u64::from(hours.get()) * 3600);
+        let collector = self.otlp.as_deref().map(Collector::at).transpose();
+        let collector = collector.map_err(|why| Failure::Settings(format!("otlp: {why}")))?;
+        let fold = self.events_fold_seconds.filter(|seconds| *seconds > 0);
+        let rotation = default.rotation;
+        let outputs = OutputSettings {
+            events: self.events.clone(),
+            ocsf: self.ocsf.clone(),
+            emf: self.emf.clone(),
+            journald: self.journald.clone(),
+            otlp: collector,
+            fold: fold.map(|seconds| Duration::from_secs(seconds.into())),
+            chain: self.events_chain.unwrap_or_default(),
+            rotation: Rotation {
+                size: mib(self.events_file_mib, rotation.size),
+                age: self.events_file_hours.map_or(rotation.age, hours),
+                total: mib(self.events_total_mib, rotation.total),
+                sync: self.events_sync.unwrap_or_default(),
+            },
+        };
+        outputs.validate()?;
+        Ok(outputs)
     }
 
     /// These, and the defaults of those that have one value for all hosts and modes.
@@ -361,6 +461,12 @@ impl Keys {
             run_dir: given.run_dir.or_else(|| text(RUN_DIR)),
             endpoint: given.endpoint.or_else(|| pair(IMDS_V4, IMDS_V6, IMDS_PORT)),
             command_lines: given.command_lines.or_else(|| Some(Default::default())),
+            events_file_mib: given.events_file_mib.or(NonZeroU32::new(64)),
+            events_file_hours: given.events_file_hours.or(NonZeroU32::new(24)),
+            events_total_mib: given.events_total_mib.or(NonZeroU32::new(1024)),
+            events_sync: given.events_sync.or_else(|| Some(Default::default())),
+            events_fold_seconds: given.events_fold_seconds.or(Some(0)),
+            events_chain: given.events_chain.or(Some(false)),
             max_connections: given.max_connections.or(Some(1024)),
             kernel_log: given.kernel_log.or_else(|| Some(Default::default())),
             docker_socket: given.docker_socket.or(sources.docker_socket),

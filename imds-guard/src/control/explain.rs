@@ -213,6 +213,7 @@ fn made_up(question: &Question) -> Caller {
         pod_uid: question.pod_uid,
         pod: is_pod.then(|| {
             Arc::new(Pod {
+                owner: None,
                 name: question.pod.unwrap_or_default(),
                 namespace: question.namespace.unwrap_or_default(),
                 service_account: question.service_account,

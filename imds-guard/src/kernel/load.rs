@@ -17,7 +17,7 @@ use log::LevelFilter;
 use tokio::io::unix::AsyncFd;
 
 use super::{
-    Exempt, KernelFlows,
+    Exempt, KernelFlows, MapFill,
     control::{AliveUntil, Control},
     perimeter::{self, Perimeter},
     pins::{Pins, SHARED_MAPS},
@@ -56,6 +56,8 @@ pub struct Maps {
     pub alive_until: AliveUntil,
     /// What the layers report.
     pub packets: RingBuf<MapData>,
+    /// How full those are that others can fill.
+    pub fill: MapFill,
 }
 
 /// What the kernel programs counted.
@@ -199,6 +201,7 @@ impl Kernel {
         let filter = filter
             .try_clone()
             .context("the filter of upstream sockets")?;
+        let fill = MapFill::of(&self.ebpf)?;
         let mut take = |name| self.ebpf.take_map(name).ok_or_else(|| missing(name));
         let mut shared = |name| Ok::<_, Failure>(take(name)?);
         let flows = HashMap::try_from(shared("FLOWS")?).context("map FLOWS")?;
@@ -214,6 +217,7 @@ impl Kernel {
             control: Control(control),
             alive_until: AliveUntil(alive_until),
             packets,
+            fill,
         })
     }
 

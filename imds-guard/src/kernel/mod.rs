@@ -2,6 +2,7 @@
 
 mod control;
 mod exempt;
+mod fill;
 mod flows;
 mod load;
 mod packets;
@@ -11,6 +12,7 @@ pub mod probe;
 
 pub use control::{AliveUntil, Control, Heartbeat};
 pub use exempt::{Exempt, Exemption};
+pub use fill::{Fill, MapFill};
 pub use flows::{Everyone, FlowTable, KernelFlows};
 pub use load::{Counters, Kernel, Maps};
 pub use packets::Packets;

@@ -161,6 +161,7 @@ async fn serve(
             uid: origin.map(|origin| origin.uid),
             comm: origin.map(|origin| lossy(&origin.comm)),
         };
+        proxy.tally.refused(&refused);
         proxy.recorder.record(Kind::ConnectionRefused(refused));
     };
     let Some(syn) = syn::take(&stream) else {

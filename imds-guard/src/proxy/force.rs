@@ -2,7 +2,10 @@
 
 use std::{
     mem,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use imds_guard_common::flow::{Family, Origin};
@@ -24,24 +27,37 @@ pub struct Force {
 
 /// What is in force; swapped as a whole. A request is served under what it was judged by.
 #[derive(Debug)]
-pub struct InForce(RwLock<Arc<Force>>);
+pub struct InForce {
+    force: RwLock<Arc<Force>>,
+    version: AtomicU64,
+}
 
 impl InForce {
     /// At the start.
     #[must_use]
     pub fn new(force: Force) -> Self {
-        Self(RwLock::new(Arc::new(force)))
+        Self {
+            force: RwLock::new(Arc::new(force)),
+            version: AtomicU64::new(1),
+        }
     }
 
     /// At this moment.
     #[must_use]
     pub fn now(&self) -> Arc<Force> {
-        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.force.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How often it was swapped, and one more.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.version.load(Relaxed)
     }
 
     /// From this moment. Returns what was before.
     pub fn swap(&self, force: Force) -> Arc<Force> {
-        let mut now = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        self.version.fetch_add(1, Relaxed);
+        let mut now = self.force.write().unwrap_or_else(PoisonError::into_inner);
         mem::replace(&mut now, Arc::new(force))
     }
 }

@@ -408,6 +408,7 @@ impl Proxy {
                 guard: micros(guard) + from.naming.swap(0, Relaxed),
                 upstream: micros(outcome.upstream_time),
             },
+            folded: None,
         });
         self.tally.request(&request, outcome.rule.as_ref());
         self.recorder.record(Kind::Request(request));

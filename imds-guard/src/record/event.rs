@@ -2,7 +2,7 @@
 //!
 //! Fields are only ever added; a change of meaning raises [`SCHEMA_VERSION`].
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use imds_guard_common::flow::Family;
 use jiff::Timestamp;
@@ -10,6 +10,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{Caller, Imds, Malformed, Mode, Reason, Verdict, caller::Sender};
+
+/// How often the guard says that it is there.
+pub const ALIVE: Duration = Duration::from_secs(600);
 
 /// Version of the schema, in every event.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -26,6 +29,18 @@ pub struct Event {
     /// What happened.
     #[serde(flatten)]
     pub kind: Kind,
+    /// Its place in a chain of events, if the log is chained.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub chain: Option<Chain>,
+}
+
+/// The place of an event in a chain, which shows what was altered, taken out or moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Chain {
+    /// Its number, one more than that of the line before.
+    pub seq: u64,
+    /// SHA-256 of the line before, without its line end; zeros for the first.
+    pub prev: String,
 }
 
 /// What happened, named by the field `event`.
@@ -47,6 +62,9 @@ pub enum Kind {
     Policy(PolicyChange),
     /// A rule's time is over.
     RuleExpired(RuleExpired),
+    /// The guard is there. Comes every [`ALIVE`], so that a log without requests shows whether nobody
+    /// called or nobody watched.
+    Alive(Stopped),
     /// The guard began to watch.
     Started(Started),
     /// The guard ceased to watch.
@@ -97,6 +115,29 @@ pub struct Request {
     pub caller: Arc<Caller>,
     /// How long it took.
     pub latency_us: Latency,
+    /// Calls that this line stands for in place of lines of their own; without it, it is one call.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub folded: Option<Folded>,
+}
+
+impl Request {
+    /// How many calls this line stands for.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        self.folded.as_ref().map_or(1, |folded| folded.count)
+    }
+}
+
+/// Calls like an earlier one: of the same process, and alike in all but their latency, which is that of
+/// the last.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Folded {
+    /// How many, beside the one that has a line of its own.
+    pub count: u64,
+    /// When the first of them was made (RFC 3339, UTC).
+    pub first: String,
+    /// When the last of them was made.
+    pub last: String,
 }
 
 /// Who answered a request.
@@ -142,6 +183,18 @@ pub enum Endpoint {
     Ipv6,
     /// `::ffff:169.254.169.254`.
     Ipv4Mapped,
+}
+
+impl Endpoint {
+    /// As in events.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "ipv4",
+            Self::Ipv6 => "ipv6",
+            Self::Ipv4Mapped => "ipv4_mapped",
+        }
+    }
 }
 
 impl From<Family> for Endpoint {
@@ -193,6 +246,18 @@ pub enum ConnectionRefusal {
     NoSyn,
     /// Its caller, or its network namespace, has too many already.
     TooMany,
+}
+
+impl ConnectionRefusal {
+    /// As in events.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::NotRedirected => "not_redirected",
+            Self::NoSyn => "no_syn",
+            Self::TooMany => "too_many",
+        }
+    }
 }
 
 /// A packet for a metadata endpoint that is not the guard's own.
@@ -252,6 +317,13 @@ pub struct Started {
     pub backstop: bool,
     /// The uplinks that the perimeter guards.
     pub uplinks: Vec<String>,
+    /// Whether the kernel programs were there already: an earlier guard had left them, and they have
+    /// counted what happened without one.
+    #[serde(default)]
+    pub adopted: bool,
+    /// What they had counted by then.
+    #[serde(default)]
+    pub counts: Counts,
 }
 
 /// What is in force from now on.
@@ -315,7 +387,7 @@ pub struct RuleExpired {
     pub expires: String,
 }
 
-/// What happened while the guard was running.
+/// What has happened while the guard was running.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Stopped {
     /// What the kernel programs did.
@@ -327,6 +399,7 @@ pub struct Stopped {
 
 /// What the kernel programs did since they were first attached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
 pub struct Counts {
     /// Connections turned to the guard.
     pub redirected: u64,
@@ -349,6 +422,24 @@ pub struct Counts {
     pub packets_passed: u64,
 }
 
+impl Kind {
+    /// The value of the field `event`.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Request(_) => "request",
+            Self::ConnectionRefused(_) => "connection_refused",
+            Self::Packet(_) => "packet",
+            Self::EventsLost { .. } => "events_lost",
+            Self::Policy(_) => "policy",
+            Self::RuleExpired(_) => "rule_expired",
+            Self::Alive(_) => "alive",
+            Self::Started(_) => "started",
+            Self::Stopped(_) => "stopped",
+        }
+    }
+}
+
 impl Event {
     /// An event of now.
     #[must_use]
@@ -358,6 +449,7 @@ impl Event {
             time: format!("{:.6}", Timestamp::now()),
             host: host.to_owned(),
             kind,
+            chain: None,
         }
     }
 

@@ -1,13 +1,18 @@
 //! What happened: the event schema and where events go.
 
 mod event;
+mod metrics;
+pub mod output;
 mod sink;
 mod tally;
+mod words;
 
 pub use event::{
-    AnsweredBy, By, Change, ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer,
-    Packet, PolicyChange, RefusedConnection, Request, RuleExpired, SCHEMA_VERSION, Started,
-    Stopped, UpstreamFailure, UpstreamFailureKind,
+    ALIVE, AnsweredBy, By, Chain, Change, ConnectionRefusal, Counts, Endpoint, Event, Folded, Kind,
+    Latency, Layer, Packet, PolicyChange, RefusedConnection, Request, RuleExpired, SCHEMA_VERSION,
+    Started, Stopped, UpstreamFailure, UpstreamFailureKind,
 };
+pub use metrics::Metrics;
 pub use sink::{Lines, Recorder, Writer};
 pub use tally::{ByVersion, Tally, Totals, label};
+pub use words::words;

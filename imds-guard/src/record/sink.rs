@@ -1,19 +1,22 @@
 //! Events leave the request path through a bounded queue and are written by a thread of their own.
 
 use std::{
-    io::{self, BufWriter, Write},
+    io,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
         mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, channel, sync_channel},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::broadcast;
 
-use super::{Event, Kind};
+use super::{
+    Event, Kind,
+    output::{Loss, Outputs, line},
+};
 
 /// Events that may wait to be written, by number and by bytes; more are counted as lost.
 const QUEUE: usize = 8192;
@@ -22,16 +25,20 @@ const QUEUE_BYTES: usize = 16 * 1024 * 1024;
 /// Events that a listener may be behind.
 const LISTENED: usize = 4096;
 
+/// How often outputs are flushed, whether or not more is waiting.
+const SETTLE: Duration = Duration::from_secs(1);
+
 /// How long the last events may take to be written: whoever reads them may have stopped doing so.
 const LAST_WRITES: Duration = Duration::from_secs(5);
 
 /// Hands events to the writer. Never blocks, never fails: what cannot be queued is counted.
 #[derive(Clone)]
 pub struct Recorder {
-    queue: SyncSender<Vec<u8>>,
+    queue: SyncSender<(Event, Vec<u8>)>,
     host: Arc<str>,
     backlog: Arc<Backlog>,
     listeners: broadcast::Sender<Arc<[u8]>>,
+    losses: Arc<[Loss]>,
 }
 
 /// Events as they happen, each a line of JSON. Whoever is too slow misses some, and is told how many.
@@ -46,6 +53,7 @@ pub struct Writer {
 #[derive(Default)]
 struct Backlog {
     bytes: AtomicUsize,
+    events: AtomicUsize,
     unreported: AtomicU64,
     lost: AtomicU64,
 }
@@ -56,31 +64,34 @@ impl Recorder {
     ///
     /// # Errors
     /// The thread could not be started.
-    pub fn start(host: &str, out: impl Write + Send + 'static) -> io::Result<(Self, Writer)> {
+    pub fn start(host: &str, mut outputs: Outputs) -> io::Result<(Self, Writer)> {
         let (queue, lines) = sync_channel(QUEUE);
         let (ends, ended) = channel();
         let backlog = Arc::new(Backlog::default());
-        let host: Arc<str> = host.into();
+        let losses = outputs.losses().into();
         thread::Builder::new().name("events".into()).spawn({
-            let (backlog, host) = (Arc::clone(&backlog), Arc::clone(&host));
+            let backlog = Arc::clone(&backlog);
             move || {
-                write_all(&lines, out, &backlog, &host);
+                write_all(&lines, &mut outputs, &backlog);
+                drop(outputs);
                 // Dropped, and so noticed, also by a panic.
                 drop(ends);
             }
         })?;
         let recorder = Self {
             queue,
-            host,
+            host: host.into(),
             backlog,
             listeners: broadcast::Sender::new(LISTENED),
+            losses,
         };
         Ok((recorder, Writer { ended }))
     }
 
     /// Records that something happened just now.
     pub fn record(&self, kind: Kind) {
-        let Some(line) = line(&self.host, kind) else {
+        let event = Event::now(&self.host, kind);
+        let Some(line) = line(&event) else {
             return self.backlog.lose(1);
         };
         if self.listeners.receiver_count() > 0 {
@@ -89,8 +100,9 @@ impl Recorder {
         }
         let bytes = line.len();
         let waiting = self.backlog.bytes.fetch_add(bytes, Relaxed);
-        if waiting + bytes > QUEUE_BYTES || self.queue.try_send(line).is_err() {
-            self.backlog.bytes.fetch_sub(bytes, Relaxed);
+        self.backlog.events.fetch_add(1, Relaxed);
+        if waiting + bytes > QUEUE_BYTES || self.queue.try_send((event, line)).is_err() {
+            self.backlog.take(bytes);
             self.backlog.lose(1);
         }
     }
@@ -101,10 +113,30 @@ impl Recorder {
         self.listeners.subscribe()
     }
 
-    /// Events lost since the start.
+    /// Events that no output got since the start, as they came too fast, and those that the first
+    /// output could not write.
     #[must_use]
     pub fn lost(&self) -> u64 {
+        let first = self.losses.first();
+        self.missed() + first.map_or(0, |loss| loss.events.load(Relaxed))
+    }
+
+    /// Events that no output got since the start, as they came too fast.
+    #[must_use]
+    pub fn missed(&self) -> u64 {
         self.backlog.lost.load(Relaxed)
+    }
+
+    /// What each output has lost by itself.
+    #[must_use]
+    pub fn losses(&self) -> &[Loss] {
+        &self.losses
+    }
+
+    /// Events that wait to be written.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.backlog.events.load(Relaxed)
     }
 }
 
@@ -119,67 +151,52 @@ impl Writer {
 }
 
 impl Backlog {
+    fn take(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Relaxed);
+        self.events.fetch_sub(1, Relaxed);
+    }
+
     fn lose(&self, count: u64) {
         self.unreported.fetch_add(count, Relaxed);
         self.lost.fetch_add(count, Relaxed);
     }
 }
 
-/// An event of now as it is written; `None` if it cannot be.
-fn line(host: &str, kind: Kind) -> Option<Vec<u8>> {
-    let mut line = serde_json::to_vec(&Event::now(host, kind)).ok()?;
-    line.push(b'\n');
-    Some(line)
-}
-
-fn write_all(lines: &Receiver<Vec<u8>>, out: impl Write, backlog: &Backlog, host: &str) {
-    let mut out = BufWriter::new(out);
-    let mut failed = false;
+fn write_all(queue: &Receiver<(Event, Vec<u8>)>, outputs: &mut Outputs, backlog: &Backlog) {
+    let mut settled = Instant::now();
     loop {
         // Batches while more is waiting, and lets readers see an event at once when nothing is.
-        let event = match lines.try_recv() {
+        let (event, line) = match queue.try_recv() {
             Ok(event) => event,
             Err(TryRecvError::Disconnected) => break,
             Err(TryRecvError::Empty) => {
-                report(&mut failed, out.flush());
-                match lines.recv() {
+                outputs.flush(Instant::now());
+                settled = Instant::now();
+                match queue.recv_timeout(SETTLE) {
                     Ok(event) => event,
-                    Err(_) => break,
+                    Err(RecvTimeoutError::Timeout) => continue,
+                    Err(RecvTimeoutError::Disconnected) => break,
                 }
             }
         };
-        match backlog.unreported.swap(0, Relaxed) {
-            0 => {}
-            count => {
-                let lost = line(host, Kind::EventsLost { count }).unwrap_or_default();
-                report(&mut failed, out.write_all(&lost));
-            }
+        if settled.elapsed() > SETTLE {
+            outputs.flush(Instant::now());
+            settled = Instant::now();
         }
-        let written = out.write_all(&event);
-        backlog.bytes.fetch_sub(event.len(), Relaxed);
-        if written.is_err() {
-            backlog.lose(1);
-        }
-        report(&mut failed, written);
+        let lost = backlog.unreported.swap(0, Relaxed);
+        outputs.missed(lost);
+        outputs.write(event, &line);
+        backlog.take(line.len());
     }
-    report(&mut failed, out.flush());
-}
-
-/// Says once that events cannot be written, and once that they can again.
-fn report(failed: &mut bool, result: io::Result<()>) {
-    match result {
-        Ok(()) if *failed => log::warn!("events can be written again"),
-        Err(error) if !*failed => {
-            log::error!("events cannot be written and are counted as lost: {error}");
-        }
-        _ => return,
-    }
-    *failed = !*failed;
+    outputs.finish();
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Mutex, mpsc::Sender};
+    use std::{
+        io::Write,
+        sync::{Mutex, mpsc::Sender},
+    };
 
     use super::*;
     use crate::{
@@ -230,7 +247,7 @@ mod tests {
     #[test]
     fn everything_recorded_is_written_in_order() {
         let out = Shared::default();
-        let (recorder, writer) = Recorder::start("h", out.clone()).unwrap();
+        let (recorder, writer) = Recorder::start("h", Outputs::to(out.clone())).unwrap();
         for count in 0..100 {
             recorder.record(Kind::EventsLost { count });
         }
@@ -251,7 +268,7 @@ mod tests {
             release: released,
             out: out.clone(),
         };
-        let (recorder, writer) = Recorder::start("h", stuck).unwrap();
+        let (recorder, writer) = Recorder::start("h", Outputs::to(stuck)).unwrap();
         let megabyte = || {
             Kind::Started(Started {
                 version: String::new(),
@@ -261,6 +278,8 @@ mod tests {
                 on_failure: String::new(),
                 backstop: true,
                 uplinks: Vec::new(),
+                adopted: false,
+                counts: crate::record::Counts::default(),
             })
         };
         recorder.record(megabyte());
@@ -289,7 +308,7 @@ mod tests {
             release: released,
             out: out.clone(),
         };
-        let (recorder, writer) = Recorder::start("h", stuck).unwrap();
+        let (recorder, writer) = Recorder::start("h", Outputs::to(stuck)).unwrap();
         let event = || Kind::Stopped(Stopped::default());
         recorder.record(event());
         has_entered.recv().unwrap();

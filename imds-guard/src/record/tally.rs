@@ -9,7 +9,7 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Layer, Packet, Request};
+use super::{Layer, Metrics, Packet, RefusedConnection, Request};
 use crate::policy::{Caller, Imds, Verdict};
 
 /// How far back callers are counted: so many periods of so long.
@@ -24,6 +24,7 @@ const OTHERS: &str = "(others)";
 pub struct Tally {
     since: Instant,
     numbers: Mutex<Numbers>,
+    metrics: Metrics,
 }
 
 #[derive(Default)]
@@ -76,10 +77,23 @@ impl ByVersion {
     }
 }
 
+/// What a caller runs: its program, or a script under an interpreter.
+#[must_use]
+pub fn program(caller: &Caller) -> String {
+    let program = caller.exe.as_deref().unwrap_or(&caller.comm);
+    match &caller.script {
+        Some(script) => {
+            let interpreter = program.rsplit('/').next().unwrap_or(program);
+            format!("{script} under {interpreter}")
+        }
+        None => program.to_owned(),
+    }
+}
+
 /// What a caller is counted as: its program, and where it runs.
 #[must_use]
 pub fn label(caller: &Caller) -> String {
-    let program = caller.exe.as_deref().unwrap_or(&caller.comm);
+    let program = program(caller);
     let image = caller.container.as_ref().and_then(|it| it.image.as_deref());
     let place = image
         .or(caller
@@ -90,7 +104,7 @@ pub fn label(caller: &Caller) -> String {
         .or(caller.user.as_deref());
     match place {
         Some(place) => format!("{program} ({place})"),
-        None => program.into(),
+        None => program,
     }
 }
 
@@ -99,6 +113,7 @@ impl Default for Tally {
         Self {
             since: Instant::now(),
             numbers: Mutex::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -106,6 +121,7 @@ impl Default for Tally {
 impl Tally {
     /// Counts a request.
     pub fn request(&self, request: &Request, rule: Option<&Arc<str>>) {
+        self.metrics.request(request);
         let number = self.since.elapsed().as_secs() / PERIOD.as_secs();
         let mut numbers = self.numbers();
         match request.verdict {
@@ -119,6 +135,17 @@ impl Tally {
         let Some(imds) = request.imds else { return };
         numbers.totals.requests.add(imds);
         numbers.period(number).count(label(&request.caller), imds);
+    }
+
+    /// Counts a connection that was closed before any request.
+    pub fn refused(&self, refused: &RefusedConnection) {
+        self.metrics.refused(refused);
+    }
+
+    /// What Prometheus is told.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Counts packets.

@@ -3,18 +3,13 @@
 
 mod files;
 mod handover;
+mod metrics;
+mod outputs;
 mod privileges;
 mod steering;
 mod watch;
 
-use std::{
-    fs::OpenOptions,
-    io::{self, Write},
-    net::TcpListener,
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::TcpListener, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use nix::{
@@ -35,7 +30,7 @@ use crate::{
     kernel::{Charge, Control, Counters, Heartbeat, Kernel, Maps, Packets, Pins, probe},
     net::Addresses,
     proxy::{Acceptor, Backlog, Fallbacks, Proxy, Rates, Upstream, adopt, listen},
-    record::{Kind, Recorder, Started, Stopped, Tally},
+    record::{ALIVE, Counts, Kind, Recorder, Started, Stopped, Tally},
     tokens::Tokens,
 };
 use files::FileWatch;
@@ -118,7 +113,13 @@ fn serve_from(
     pins: &Pins,
     mut post: Post,
 ) -> Result<(), Failure> {
-    let events = event_output(settings.events.as_deref())?;
+    let host = nix::unistd::gethostname().map_or_else(
+        |_| "unknown".into(),
+        |name| name.to_string_lossy().into_owned(),
+    );
+    let outputs = outputs::open(&settings.outputs)?;
+    let metrics = settings.metrics.as_ref().map(metrics::Door::open);
+    let metrics = metrics.transpose()?;
     let (mut addresses, ipv6) = Addresses::claim(settings)?;
     let listeners = listeners(settings, ipv6, &mut post.listeners)?;
     let netns_cookie = netns_cookie(&listeners);
@@ -135,10 +136,6 @@ fn serve_from(
     privileges::raise_file_limit(settings.limits.connections);
     privileges::reduce().context("privileges cannot be given up")?;
 
-    let host = nix::unistd::gethostname().map_or_else(
-        |_| "unknown".into(),
-        |name| name.to_string_lossy().into_owned(),
-    );
     // After the privileges, as threads inherit them.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
@@ -146,8 +143,9 @@ fn serve_from(
         .enable_all()
         .build()
         .context("the threads cannot be started")?;
+    let outputs = outputs::connect(outputs, &settings.outputs, &host)?;
     let (recorder, writer) =
-        Recorder::start(&host, events).context("the event writer cannot be started")?;
+        Recorder::start(&host, outputs).context("the event writer cannot be started")?;
     let hierarchy = probe::cgroup2_mount()?;
     let workloads = {
         let _within = runtime.enter();
@@ -178,6 +176,7 @@ fn serve_from(
         kernel,
         resolver,
         recorder: recorder.clone(),
+        metrics,
     };
     let ended = runtime.block_on(guard.serve(maps, listeners, post.takes_over_from, added));
     // Ends every task, and with them the last recorders. A thread that reads the command line of a
@@ -213,6 +212,7 @@ struct Guard<'a> {
     kernel: Kernel,
     resolver: Arc<Resolver>,
     recorder: Recorder,
+    metrics: Option<metrics::Door>,
 }
 
 impl Guard<'_> {
@@ -234,6 +234,7 @@ impl Guard<'_> {
             mut control,
             alive_until,
             packets,
+            fill,
         } = maps;
         let counters = Arc::new(counters);
         let tally = Arc::new(Tally::default());
@@ -266,12 +267,27 @@ impl Guard<'_> {
         let heartbeat = Heartbeat::start(alive_until)?;
         control.set(self.steering.control(addresses))?;
         // Last: whoever is redirected is served.
+        let adopted = self.pins.links().iter().any(|name| name == "connect4");
+        let before = counters.read();
         self.kernel.attach(self.cgroup, self.pins)?;
         let guarded = uplinks.follow(&mut self.kernel, self.pins).await;
         let mut files = FileWatch::start(&self.steering.layers().file);
         let (sender, mut orders) = mpsc::channel(ORDERS);
         let server = self.open_desk(&tally, &counters, sender);
-        self.announce(names, guarded);
+        let metrics = match self.metrics.take() {
+            Some(door) => Some(
+                door.serve(metrics::Sources {
+                    in_force: self.steering.in_force(),
+                    tally: Arc::clone(&tally),
+                    recorder: self.recorder.clone(),
+                    counters: Arc::clone(&counters),
+                    maps: fill,
+                })
+                .context("the metrics cannot be served")?,
+            ),
+            None => None,
+        };
+        self.announce(names, guarded, (adopted, before));
         self.steering.notice_expiry();
         handover::tell_systemd(NotifyState::Ready);
 
@@ -282,8 +298,10 @@ impl Guard<'_> {
                 log::warn!("pid {pid} cannot be told to stop: {error}");
             }
         }
+        let mut alive = tokio::time::interval_at(tokio::time::Instant::now() + ALIVE, ALIVE);
         loop {
             tokio::select! {
+                _ = alive.tick() => self.recorder.record(Kind::Alive(self.has_seen(&counters))),
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
                 _ = hangup.recv() => self.reload(&mut control),
@@ -306,14 +324,23 @@ impl Guard<'_> {
         }
         handover::tell_systemd(NotifyState::Stopping);
         drop((server, orders));
+        if let Some(metrics) = metrics {
+            metrics.abort();
+        }
         let ended = self
             .stop(acceptor, heartbeat, &control, &uplinks, stored)
             .await?;
-        self.recorder.record(Kind::Stopped(Stopped {
+        self.recorder
+            .record(Kind::Stopped(self.has_seen(&counters)));
+        Ok(ended)
+    }
+
+    /// What has happened up to now.
+    fn has_seen(&self, counters: &Counters) -> Stopped {
+        Stopped {
             counts: counters.read(),
             events_lost: self.recorder.lost(),
-        }));
-        Ok(ended)
+        }
     }
 
     fn open_desk(
@@ -361,7 +388,12 @@ impl Guard<'_> {
         order.what == What::Drain
     }
 
-    fn announce(&self, listeners: Vec<String>, uplinks: Vec<String>) {
+    fn announce(
+        &self,
+        listeners: Vec<String>,
+        uplinks: Vec<String>,
+        (adopted, counts): (bool, Counts),
+    ) {
         let settings = self.settings;
         let mode = settings.policy.mode;
         log::info!("watching {} in {mode} mode", self.cgroup.display());
@@ -379,6 +411,8 @@ impl Guard<'_> {
             on_failure: steering::when_gone(settings).into(),
             backstop: settings.backstop,
             uplinks,
+            adopted,
+            counts,
         }));
     }
 
@@ -443,26 +477,6 @@ fn listeners(
     }
     handover::none_left(handed_over)?;
     Ok(listeners)
-}
-
-fn event_output(path: Option<&Path>) -> Result<Box<dyn Write + Send>, Failure> {
-    let Some(path) = path else {
-        return Ok(Box::new(io::stdout()));
-    };
-    use std::os::unix::fs::OpenOptionsExt as _;
-    // Command lines and paths are nobody else's business; and a link that somebody left at this
-    // place is not followed.
-    let file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
-        .open(path)
-        .map_err(|error| Failure::Events {
-            path: path.to_owned(),
-            error,
-        })?;
-    Ok(Box::new(file))
 }
 
 /// Cookie of the network namespace that the listeners are in, from Linux 5.14 on.

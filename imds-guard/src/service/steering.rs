@@ -332,8 +332,8 @@ impl Steering {
             needs_restart,
             events: self
                 .settings
-                .events
-                .as_ref()
+                .outputs
+                .events_file()
                 .map(|path| path.display().to_string()),
         };
         *self.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;

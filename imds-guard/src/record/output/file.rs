@@ -1,0 +1,333 @@
+//! An event log on disk: rotated by size and age, whole lines only.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use clap::ValueEnum;
+use jiff::Timestamp;
+use nix::fcntl::{Flock, FlockArg};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::archive::Archive;
+pub use super::archive::segments;
+
+/// How much of the end of a file is read at once, in search of its last line.
+const TAIL: u64 = 64 * 1024;
+/// How long another guard may take to end, before both write.
+const HANDOVER: Duration = Duration::from_secs(30);
+const HANDOVER_STEP: Duration = Duration::from_millis(20);
+
+/// When a log begins a new file, and how many old ones are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rotation {
+    /// Bytes in one file.
+    pub size: u64,
+    /// Age of its oldest line.
+    pub age: Duration,
+    /// Bytes in all files, old ones as they are compressed. The oldest goes first.
+    pub total: u64,
+    /// When it is made sure that lines survive a crash of the machine.
+    pub sync: Sync,
+}
+
+/// When events are brought to the disk itself, beyond the memory of the kernel.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Sync {
+    /// When the kernel sees fit.
+    Never,
+    /// Once a second.
+    #[default]
+    Second,
+    /// Before the next ones are written.
+    Batch,
+}
+
+/// The file that is written to, and those before it.
+pub struct LogFile {
+    archive: Archive,
+    file: File,
+    /// Whether it is one that can be cut and rotated: no device, no pipe.
+    is_regular: bool,
+    length: u64,
+    begun: Timestamp,
+    rotation: Rotation,
+    synced: Instant,
+    is_synced: bool,
+    is_claimed: bool,
+    _lock: Option<Flock<File>>,
+}
+
+#[derive(Deserialize)]
+struct Dated {
+    time: Timestamp,
+}
+
+impl LogFile {
+    /// Opens a log, makes it if it is not there, and cuts off a line that a crash has left half written.
+    ///
+    /// # Errors
+    /// It cannot be opened, is a symbolic link, or its folder is one where others can put files.
+    pub fn open(path: &Path, rotation: Rotation) -> io::Result<Self> {
+        let (archive, file) = open(path)?;
+        let kind = file.metadata()?.file_type();
+        let mut log = Self {
+            archive,
+            file,
+            is_regular: kind.is_file(),
+            length: 0,
+            begun: Timestamp::now(),
+            rotation,
+            synced: Instant::now(),
+            is_synced: true,
+            is_claimed: false,
+            _lock: None,
+        };
+        if kind.is_dir() || kind.is_block_device() {
+            return Err(io::Error::other("it is no file"));
+        }
+        if log.is_regular {
+            log.repair()?;
+        }
+        Ok(log)
+    }
+
+    /// Appends whole lines. All of them are written, or none.
+    ///
+    /// # Errors
+    /// There is no room even without the old files, or the file cannot be written.
+    pub fn append(&mut self, lines: &[u8]) -> io::Result<()> {
+        if !self.is_regular {
+            return self.file.write_all(lines);
+        }
+        self.claim();
+        let is_old =
+            || Timestamp::now().duration_since(self.begun).unsigned_abs() > self.rotation.age;
+        let is_large = self.length + lines.len() as u64 > self.rotation.size;
+        if self.length > 0 && (is_large || is_old()) {
+            self.rotate()?;
+        }
+        while let Err(error) = self.file.write_all(lines) {
+            // What was written of them would be half a line.
+            self.file.set_len(self.length)?;
+            let is_full = matches!(
+                error.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            );
+            if !is_full || !self.archive.remove_oldest()? {
+                return Err(error);
+            }
+            log::warn!("the disk is full: the oldest events are removed");
+        }
+        self.length += lines.len() as u64;
+        self.is_synced = false;
+        if self.rotation.sync == Sync::Batch {
+            self.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Does what may wait until nothing more is to be written.
+    ///
+    /// # Errors
+    /// The disk does not take what was written.
+    pub fn settle(&mut self) -> io::Result<()> {
+        let is_due = self.synced.elapsed() >= Duration::from_secs(1);
+        if self.rotation.sync == Sync::Second && is_due && !self.is_synced {
+            self.sync()?;
+        }
+        Ok(())
+    }
+
+    /// The last line of this file, or of the one before; `None` if there is none.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn last_line(&self) -> io::Result<Option<Vec<u8>>> {
+        if !self.is_regular {
+            return Ok(None);
+        }
+        if self.length == 0 {
+            return self.archive.last_line();
+        }
+        let mut file = File::open(self.archive.path())?;
+        let mut from = self.length;
+        loop {
+            from = from.saturating_sub(TAIL);
+            file.seek(SeekFrom::Start(from))?;
+            let mut tail = Vec::new();
+            (&file).take(self.length - from).read_to_end(&mut tail)?;
+            let lines = tail.strip_suffix(b"\n").unwrap_or(&tail);
+            let begin = lines.iter().rposition(|byte| *byte == b'\n');
+            if begin.is_some() || from == 0 {
+                return Ok(Some(lines[begin.map_or(0, |it| it + 1)..].to_vec()));
+            }
+        }
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.file.sync_data()?;
+        (self.synced, self.is_synced) = (Instant::now(), true);
+        Ok(())
+    }
+
+    /// Waits for another guard that still writes to this log to end, and looks at what it has written.
+    pub fn claim(&mut self) {
+        if self.is_claimed || !self.is_regular {
+            return;
+        }
+        self.is_claimed = true;
+        self._lock = self.locked();
+        if let Ok(file) = self.archive.open_current() {
+            self.file = file;
+            if let Err(error) = self.repair() {
+                log::warn!("{}: {error}", self.archive.path().display());
+            }
+        }
+        self.tidy();
+    }
+
+    /// Locks the log; `None` if that cannot be, or another process does not let go of it.
+    fn locked(&self) -> Option<Flock<File>> {
+        let waits_until = Instant::now() + HANDOVER;
+        let mut lock = self.archive.lock_file().ok()?;
+        loop {
+            match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Some(lock),
+                Err((_, _)) if Instant::now() > waits_until => {
+                    log::warn!(
+                        "another process writes to {}",
+                        self.archive.path().display()
+                    );
+                    return None;
+                }
+                Err((file, _)) => lock = file,
+            }
+            std::thread::sleep(HANDOVER_STEP);
+        }
+    }
+
+    /// Cuts off half a line at the end; finds out how old the first one is.
+    fn repair(&mut self) -> io::Result<()> {
+        let metadata = self.file.metadata()?;
+        self.length = metadata.size();
+        let last = self.last_byte()?;
+        if last.is_some_and(|byte| byte != b'\n') {
+            let whole = self.whole_lines()?;
+            let cut = self.length - whole;
+            log::warn!(
+                "{} ended in half a line: {cut} bytes were cut off",
+                self.archive.path().display()
+            );
+            self.file.set_len(whole)?;
+            self.length = whole;
+        }
+        let mut first = Vec::new();
+        io::BufRead::read_until(
+            &mut io::BufReader::new(File::open(self.archive.path())?.take(TAIL)),
+            b'\n',
+            &mut first,
+        )?;
+        let dated: Option<Dated> = serde_json::from_slice(&first).ok();
+        self.begun = dated.map_or_else(Timestamp::now, |dated| dated.time);
+        Ok(())
+    }
+
+    fn last_byte(&self) -> io::Result<Option<u8>> {
+        if self.length == 0 {
+            return Ok(None);
+        }
+        let mut file = File::open(self.archive.path())?;
+        file.seek(SeekFrom::Start(self.length - 1))?;
+        let mut byte = [0];
+        file.read_exact(&mut byte)?;
+        Ok(Some(byte[0]))
+    }
+
+    /// Bytes up to the last line end.
+    fn whole_lines(&self) -> io::Result<u64> {
+        let mut file = File::open(self.archive.path())?;
+        let mut to = self.length;
+        while to > 0 {
+            let from = to.saturating_sub(TAIL);
+            file.seek(SeekFrom::Start(from))?;
+            let mut part = Vec::new();
+            (&file).take(to - from).read_to_end(&mut part)?;
+            if let Some(end) = part.iter().rposition(|byte| *byte == b'\n') {
+                return Ok(from + end as u64 + 1);
+            }
+            to = from;
+        }
+        Ok(0)
+    }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        if self.rotation.sync != Sync::Never {
+            self.sync()?;
+        }
+        self.archive.put_away(Timestamp::now())?;
+        self.file = self.archive.open_current()?;
+        self.length = 0;
+        self.begun = Timestamp::now();
+        self.tidy();
+        Ok(())
+    }
+
+    /// Removes what is too much, and compresses what is left.
+    fn tidy(&mut self) {
+        let rest = self.rotation.total.saturating_sub(self.rotation.size);
+        self.archive.keep_below(rest);
+        if let Err(error) = self.archive.compress_all() {
+            log::warn!("old events are not compressed: {error}");
+        }
+    }
+}
+
+/// The folder, held open, so that it stays the one that was looked at; and the file in it.
+fn open(path: &Path) -> io::Result<(Archive, File)> {
+    let is_special = fs::metadata(path).is_ok_and(|it| !it.is_file() && !it.is_dir());
+    let folder = match path.parent() {
+        Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
+        Some(folder) => folder,
+        None => return Err(io::Error::other("it is a folder")),
+    };
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.ok_or_else(|| io::Error::other("its name is no text"))?;
+    let held = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
+        .open(folder)?;
+    if is_special {
+        // A device, or a pipe that somebody reads: nothing to rotate.
+        let file = OpenOptions::new()
+            .append(true)
+            .custom_flags(libc::O_CLOEXEC)
+            .open(path)?;
+        return Ok((Archive::new(held, name), file));
+    }
+    let metadata = held.metadata()?;
+    let own = nix::unistd::geteuid().as_raw();
+    if metadata.mode() & 0o022 != 0 || (metadata.uid() != own && metadata.uid() != 0) {
+        return Err(io::Error::other(format!(
+            "others can put files into {}, so they could put links in the way of the log",
+            folder.display()
+        )));
+    }
+    let archive = Archive::new(held, name);
+    let file = archive.open_current()?;
+    Ok((archive, file))
+}
+
+/// A folder that is held open, as a path that leads to it wherever it is moved.
+pub fn held(folder: &File) -> PathBuf {
+    use std::os::fd::AsRawFd as _;
+    PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()))
+}
