@@ -6,7 +6,9 @@ mod hierarchy;
 mod process;
 mod program;
 mod redact;
+mod script;
 mod users;
+mod via;
 pub mod workload;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -19,7 +21,7 @@ use tokio::sync::Semaphore;
 
 use crate::policy::{
     Needs,
-    caller::{Caller, Missing, Netns, Sender, Unresolved},
+    caller::{Caller, Netns, Sender, Unresolved},
 };
 use cgroup::Cgroups;
 use hierarchy::Hierarchy;
@@ -106,23 +108,7 @@ impl Resolver {
             netns_cookie: origin.netns_cookie,
             netns: Netns::Other,
             resolved: false,
-            unresolved: None,
-            exe: None,
-            exe_verified: false,
-            exe_sha256: None,
-            command_line: None,
-            started: None,
-            parents: Vec::new(),
-            cgroup: None,
-            user: None,
-            group: None,
-            systemd_unit: None,
-            container_id: None,
-            container_runtime: None,
-            pod_uid: None,
-            container: None,
-            pod: None,
-            missing: Missing::default(),
+            ..Caller::default()
         };
         let process = process::Process::open(&self.proc, origin);
         caller.netns = self.netns(origin, process.as_ref().ok());
@@ -153,6 +139,11 @@ impl Resolver {
     pub fn login(&self, pid: u32) -> Option<String> {
         let file = self.proc.join(pid.to_string()).join("loginuid");
         let uid = std::fs::read_to_string(file).ok()?.trim().parse().ok()?;
+        self.login_name(uid)
+    }
+
+    /// Name of a login's user, or number; `None` where nobody has logged in.
+    fn login_name(&self, uid: u32) -> Option<String> {
         (uid != u32::MAX).then(|| self.users.name(uid).unwrap_or_else(|| uid.to_string()))
     }
 
@@ -194,6 +185,10 @@ impl Resolver {
             }
         }
         caller.systemd_unit = cgroup.systemd_unit();
+        caller.login = process.login().and_then(|uid| self.login_name(uid));
+        caller.login_session = process.login_session();
+        let unit = caller.systemd_unit.as_deref();
+        caller.via = via::of(&caller.parents, unit, caller.uid);
         let container = cgroup.container();
         caller.container_id = container.id;
         caller.container_runtime = container.runtime;
@@ -214,6 +209,9 @@ impl Resolver {
                 .await
                 .map(|arguments| redact::command_line(&arguments)),
         };
+        if let (Some(exe), Some(arguments)) = (&caller.exe, &caller.command_line) {
+            caller.script = script::of(exe, arguments, process.cwd().as_deref());
+        }
         // All of the above was read through one handle, which the kernel ties to one process; if
         // that has ended meanwhile, part of it may be missing.
         if process.is_alive() {

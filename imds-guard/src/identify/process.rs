@@ -92,6 +92,28 @@ impl Process {
         })
     }
 
+    /// Its working directory.
+    pub fn cwd(&self) -> Option<PathBuf> {
+        self.inner.cwd().ok()
+    }
+
+    /// User id of the login it is in, whoever it has become since (`/proc/PID/loginuid`).
+    pub fn login(&self) -> Option<u32> {
+        self.number("loginuid")
+    }
+
+    /// Number of that login (`/proc/PID/sessionid`).
+    pub fn login_session(&self) -> Option<u32> {
+        self.number("sessionid").filter(|id| *id != u32::MAX)
+    }
+
+    fn number(&self, file: &str) -> Option<u32> {
+        let mut text = String::new();
+        let mut file = self.inner.open_relative(file).ok()?;
+        file.read_to_string(&mut text).ok()?;
+        text.trim().parse().ok()
+    }
+
     /// Its ancestors, nearest first, up to init.
     pub fn parents(&self, proc: &Path) -> Vec<Parent> {
         let mut parents = Vec::new();

@@ -51,6 +51,20 @@ pub struct Caller {
     /// (default), whole, or not at all. The process can change it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub command_line: Option<Vec<String>>,
+    /// What it runs, if it is an interpreter: a script, the main class or jar of Java, `-m` and a module of
+    /// Python; the applet of busybox. From the command line, so the process can change it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub script: Option<String>,
+    /// Who logged in, whoever the process has become since (`sudo`): name or number of the user, from
+    /// the kernel's audit login id; missing for services.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub login: Option<String>,
+    /// Number of that login, as `ausearch --session` takes it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub login_session: Option<u32>,
+    /// How it came to run, as the names of its ancestors and units tell; they can be made up.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub via: Vec<Via>,
     /// When the process started (RFC 3339, UTC; to 10 ms).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub started: Option<String>,
@@ -127,6 +141,9 @@ pub struct Pod {
     pub name: String,
     /// Its namespace.
     pub namespace: String,
+    /// What it belongs to, as `Deployment/web`; of a ReplicaSet that a Deployment made, that.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub owner: Option<String>,
     /// The service account that it runs as.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub service_account: Option<String>,
@@ -147,6 +164,20 @@ pub enum Runtime {
     Crio,
     /// podman.
     Podman,
+}
+
+/// How a process came to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Via {
+    /// By cron, anacron or at.
+    Cron,
+    /// In a session of ssh.
+    Ssh,
+    /// By sudo, su or alike.
+    Sudo,
+    /// By a timer of systemd.
+    Timer,
 }
 
 /// An ancestor of the caller.

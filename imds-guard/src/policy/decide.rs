@@ -23,12 +23,20 @@ pub enum Mode {
     Enforce,
 }
 
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Mode {
+    /// As in events.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
             Self::Audit => "audit",
             Self::Enforce => "enforce",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }
 
@@ -46,6 +54,19 @@ pub enum Verdict {
     /// the instance's own hop limit stands against (`instance_hop_limit`), which only the service's
     /// answer tells.
     Deny,
+}
+
+impl fmt::Display for Verdict {
+    /// As in events.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Padded, where that is asked for.
+        f.pad(match self {
+            Self::Allow => "allow",
+            Self::Audit => "audit",
+            Self::Upgrade => "upgrade",
+            Self::Deny => "deny",
+        })
+    }
 }
 
 /// Why.

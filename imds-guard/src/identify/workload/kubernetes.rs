@@ -163,6 +163,7 @@ fn add(pods: &mut HashMap<String, Arc<Pod>>, pod: &ApiPod) {
     let described = Arc::new(Pod {
         name: pod.name_any(),
         namespace: pod.namespace().unwrap_or_default(),
+        owner: owner(pod),
         service_account,
         labels: pod.labels().clone(),
     });
@@ -170,6 +171,20 @@ fn add(pods: &mut HashMap<String, Arc<Pod>>, pod: &ApiPod) {
         if pods.len() < REMEMBERED || pods.contains_key(&uid) {
             pods.insert(uid, Arc::clone(&described));
         }
+    }
+}
+
+/// What made the pod. A ReplicaSet is named after its Deployment and the hash of its template.
+fn owner(pod: &ApiPod) -> Option<String> {
+    let owner = pod
+        .owner_references()
+        .iter()
+        .find(|owner| owner.controller == Some(true))?;
+    let hash = pod.labels().get("pod-template-hash");
+    let deployment = hash.and_then(|hash| owner.name.strip_suffix(hash)?.strip_suffix('-'));
+    match deployment {
+        Some(name) if owner.kind == "ReplicaSet" => Some(format!("Deployment/{name}")),
+        _ => Some(format!("{}/{}", owner.kind, owner.name)),
     }
 }
 

@@ -60,6 +60,7 @@ fn in_pod() -> Caller {
         pod: Some(Arc::new(Pod {
             name: "web-5d".into(),
             namespace: "shop".into(),
+            owner: None,
             service_account: Some("web".into()),
             labels: BTreeMap::from([("app".into(), "web".into()), ("tier".into(), "1".into())]),
         })),
