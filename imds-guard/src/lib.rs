@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod failure;
+pub mod forensics;
 pub mod identify;
 pub mod kernel;
 pub mod lab;

@@ -2,15 +2,18 @@
 
 use std::{io, process::ExitCode};
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use jiff::Timestamp;
 
-use super::history::{Source, since};
+use super::{
+    history::{Source, since},
+    verify,
+};
 use crate::{
     control::{Client, Request as Ask},
     failure::Failure,
     policy::{Imds, Verdict},
-    record::{Event, Kind, Request, label},
+    record::{Event, Kind, Request, words},
 };
 
 /// For `--help`.
@@ -20,7 +23,11 @@ Without either, those of the last hour.";
 
 /// Arguments of `imds-guard events`.
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Arguments {
+    #[command(subcommand)]
+    command: Option<Action>,
+
     /// Show events as they happen, until interrupted
     #[arg(long, short)]
     follow: bool,
@@ -57,6 +64,13 @@ pub struct Arguments {
     source: Source,
 }
 
+#[derive(Subcommand)]
+enum Action {
+    /// Check the chain of an event log (events-chain), and name the first line that does not belong
+    #[command(long_about = verify::ABOUT)]
+    Verify(verify::Arguments),
+}
+
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Became {
     /// Forwarded
@@ -75,6 +89,9 @@ enum Became {
 
 /// Shows them.
 pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    if let Some(Action::Verify(arguments)) = &arguments.command {
+        return verify::main(arguments);
+    }
     let mut live = match arguments.follow {
         // Before the file is read, so that nothing is missed in between.
         true => Some(listen(arguments)?),
@@ -155,54 +172,4 @@ fn show(out: &mut impl io::Write, json: bool, line: &str, event: &Event) -> io::
         writeln!(out, "{}", words(event))?;
     }
     out.flush()
-}
-
-/// An event in one line for people. Whatever callers can choose is quoted where it is not plain.
-fn words(event: &Event) -> String {
-    let time = event.time.get(..19).unwrap_or(&event.time);
-    let what = match &event.kind {
-        Kind::Request(request) => {
-            let verdict = format!("{:?}", request.verdict).to_lowercase();
-            let rule = request
-                .rule
-                .as_ref()
-                .map_or(String::new(), |rule| format!(" by \"{rule}\""));
-            format!(
-                "{verdict:<7} {:<5} {} {} {} {} pid {} ({}{rule})",
-                request.imds.map_or("-", Imds::as_str),
-                request.status,
-                request.method.escape_default(),
-                request.path.escape_default(),
-                label(&request.caller).escape_default(),
-                request.caller.pid,
-                request.reason,
-            )
-        }
-        Kind::ConnectionRefused(refused) => format!("refused a connection from {}", refused.peer),
-        Kind::Packet(packet) => {
-            let verdict = format!("{:?}", packet.verdict).to_lowercase();
-            format!(
-                "{verdict:<7} packet ({}) from {}",
-                packet.protocol, packet.source
-            )
-        }
-        Kind::EventsLost { count } => format!("{count} events were lost"),
-        Kind::Policy(change) => {
-            let by = change.by.as_ref().map_or(String::new(), |by| {
-                let login = by
-                    .login
-                    .as_ref()
-                    .map_or(String::new(), |login| format!(", {login}"));
-                format!(" by pid {} (uid {}{login})", by.pid, by.uid)
-            });
-            format!(
-                "{:?}{by}: {} mode, {} rules",
-                change.change, change.mode, change.rules
-            )
-        }
-        Kind::RuleExpired(expired) => format!("rule \"{}\" has expired", expired.rule),
-        Kind::Started(started) => format!("started in {} mode", started.mode),
-        Kind::Stopped(_) => "stopped".into(),
-    };
-    format!("{time}Z {what}")
 }

@@ -1,12 +1,7 @@
 //! Events that were written, read again.
 
-use std::{
-    fs::File,
-    io::{BufRead as _, BufReader},
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
 use clap::Args;
 use jiff::Timestamp;
 
@@ -15,13 +10,14 @@ use crate::{
     config::RUN_DIR,
     control::{Client, Request, Status},
     failure::Failure,
+    forensics::Logs,
     record::Event,
 };
 
 /// Where events come from.
 #[derive(Args)]
 pub struct Source {
-    /// Read events from these files [default: the one that the running guard writes]
+    /// Read events from these logs, and what was put away beside them [default: the one that the running guard writes]
     #[arg(long = "file", value_name = "FILE")]
     files: Vec<PathBuf>,
 
@@ -51,22 +47,25 @@ impl Source {
         mut tell: impl FnMut(&str, Event),
     ) -> Result<(), Failure> {
         let mut skipped = 0_u64;
-        for path in self.paths()? {
-            let file = File::open(&path).with_context(|| path.display().to_string())?;
-            for line in BufReader::new(file).split(b'\n') {
-                let line = line.with_context(|| path.display().to_string())?;
-                let text = String::from_utf8_lossy(&line);
+        self.logs()?
+            .each_line(|_, _, line| {
+                let text = String::from_utf8_lossy(line);
                 match serde_json::from_str::<Event>(&text) {
                     Ok(event) if is_since(&event, since) => tell(&text, event),
                     Ok(_) => {}
                     Err(_) => skipped += 1,
                 }
-            }
-        }
+            })
+            .map_err(anyhow::Error::from)?;
         if skipped > 0 {
             log::warn!("{skipped} lines are no events, and were skipped");
         }
         Ok(())
+    }
+
+    /// The logs, with what was put away.
+    pub fn logs(&self) -> Result<Logs, Failure> {
+        Ok(Logs::at(&self.paths()?).map_err(anyhow::Error::from)?)
     }
 
     fn paths(&self) -> Result<Vec<PathBuf>, Failure> {

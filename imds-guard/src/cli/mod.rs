@@ -9,9 +9,13 @@ mod explain;
 mod history;
 mod mode;
 mod policy;
+mod ready;
+mod report;
 mod run;
 mod status;
 mod suggest;
+mod top;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -47,6 +51,9 @@ enum Command {
     /// Show what is in force on this host
     #[command(long_about = status::ABOUT)]
     Status(status::Arguments),
+    /// Show who calls, as it happens
+    #[command(long_about = top::ABOUT)]
+    Top(top::Arguments),
     /// Show what happens to requests, and what has happened
     #[command(long_about = events::ABOUT)]
     Events(events::Arguments),
@@ -65,6 +72,12 @@ enum Command {
     Config(Box<config::Arguments>),
     /// Write rules for what was seen
     Policy(policy::Arguments),
+    /// Say who still uses IMDSv1, from event logs
+    #[command(long_about = report::ABOUT)]
+    Report(report::Arguments),
+    /// Say whether IMDSv1 can be switched off, from event logs
+    #[command(long_about = ready::ABOUT)]
+    Ready(ready::Arguments),
     /// Remove what a guard has left on this host
     #[command(long_about = detach::ABOUT, after_long_help = EXIT_CODES)]
     Detach(detach::Arguments),
@@ -91,6 +104,9 @@ pub fn main() -> ExitCode {
         Command::Drain(arguments) => mode::drain(&arguments),
         Command::Config(arguments) => config::main(&arguments, of_command(&matches)),
         Command::Policy(arguments) => policy::main(&arguments),
+        Command::Ready(arguments) => ready::main(&arguments),
+        Command::Top(arguments) => top::main(&arguments),
+        Command::Report(arguments) => report::main(&arguments),
         Command::Status(arguments) => status::main(&arguments),
         Command::Detach(arguments) => detach::main(&arguments),
         Command::Demo(arguments) => demo::main(&arguments),
