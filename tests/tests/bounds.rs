@@ -19,7 +19,7 @@ use imds_guard::{
     kernel::{Everyone, Exempt},
     policy::{Binding, HopLimitAction, Malformed, Mode, Policy},
     proxy::{Acceptor, Backlog, Fallbacks, Force, InForce, Proxy, Rates, Upstream, listen},
-    record::{Event, Kind, Recorder, Writer},
+    record::{Event, Kind, Recorder, Writer, output::Outputs},
     tokens::Tokens,
 };
 use imds_guard_common::flow::Origin;
@@ -48,7 +48,7 @@ impl Rig {
     async fn in_front_of(limits: Limits, answer: Vec<Vec<u8>>) -> Self {
         let upstream = serve_canned(answer).await;
         let (events, output) = std::io::pipe().unwrap();
-        let (recorder, writer) = Recorder::start("test", output).unwrap();
+        let (recorder, writer) = Recorder::start("test", Outputs::to(output)).unwrap();
         let listener = listen(LOCALHOST, &limits).unwrap();
         let address = listener.local_addr().unwrap();
         let mut acceptor = Acceptor::new(Proxy {

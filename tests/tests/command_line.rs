@@ -295,8 +295,8 @@ fn with_settings_that_contradict_each_other() {
 #[test]
 fn events_go_to_a_file_that_is_its_owners_alone() {
     use std::os::unix::fs::PermissionsExt as _;
-    let path = std::env::temp_dir().join(format!("imds-guard-test-{}-events", std::process::id()));
     let lab = lab();
+    let path = lab.config().with_file_name("events.jsonl");
     let mut guard = lab
         .command(Place::Guard, GUARD)
         .args(["run", "--events", path.to_str().unwrap(), "--pins"])

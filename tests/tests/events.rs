@@ -5,12 +5,12 @@ use std::{env, fs, path::PathBuf, sync::Arc};
 use imds_guard::{
     policy::{
         Caller, Imds, Malformed, Mode, Reason, Verdict,
-        caller::{Missing, Netns, Parent, Runtime, Sender, Unresolved},
+        caller::{Missing, Netns, Parent, Pod, Runtime, Sender, Unresolved, Via},
     },
     record::{
-        AnsweredBy, By, Change, ConnectionRefusal, Counts, Endpoint, Event, Kind, Latency, Layer,
-        Packet, PolicyChange, RefusedConnection, Request, RuleExpired, SCHEMA_VERSION, Started,
-        Stopped, UpstreamFailure, UpstreamFailureKind,
+        AnsweredBy, By, Change, ConnectionRefusal, Counts, Endpoint, Event, Folded, Kind, Latency,
+        Layer, Packet, PolicyChange, RefusedConnection, Request, RuleExpired, SCHEMA_VERSION,
+        Started, Stopped, UpstreamFailure, UpstreamFailureKind,
     },
 };
 
@@ -20,7 +20,13 @@ fn event(kind: Kind) -> Event {
         time: "2026-01-02T03:04:05.678901Z".into(),
         host: "ip-172-31-16-10".into(),
         kind,
+        chain: None,
     }
+}
+
+/// A request that was refused.
+pub fn a_request() -> Request {
+    v1_request()
 }
 
 fn v1_request() -> Request {
@@ -56,6 +62,10 @@ fn v1_request() -> Request {
             exe_sha256: None,
             command_line: Some(vec!["curl".into(), "-s".into(), "169.254.169.254".into()]),
             started: Some("2026-01-02T03:04:05.50Z".into()),
+            script: Some("/opt/backup/run.sh".into()),
+            login: Some("alice".into()),
+            login_session: Some(7),
+            via: vec![Via::Sudo],
             parents: vec![
                 Parent {
                     pid: 4000,
@@ -83,6 +93,11 @@ fn v1_request() -> Request {
             guard: 180,
             upstream: 0,
         },
+        folded: Some(Folded {
+            count: 3,
+            first: "2026-01-02T03:04:00.000000Z".into(),
+            last: "2026-01-02T03:04:05.678901Z".into(),
+        }),
     }
 }
 
@@ -100,6 +115,7 @@ fn unresolved_request() -> Request {
         // What a caller controls cannot end a line or a string.
         path: "/\"\\\n\u{1b}[31m\u{2028}".into(),
         user_agent: None,
+        folded: None,
         upstream_failure: Some(UpstreamFailure {
             kind: UpstreamFailureKind::TimedOut,
             message: "169.254.169.254:80 did not answer within 5s".into(),
@@ -113,6 +129,10 @@ fn unresolved_request() -> Request {
             unresolved: Some(Unresolved::PidReused),
             exe: None,
             command_line: None,
+            script: None,
+            login: None,
+            login_session: None,
+            via: Vec::new(),
             started: None,
             parents: Vec::new(),
             cgroup: None,
@@ -140,6 +160,13 @@ fn request_from_a_pod() -> Request {
             container_id: Some("3f4a0e6d1b2c…".into()),
             container_runtime: Some(Runtime::Containerd),
             pod_uid: Some("1a2b3c4d-1111-2222-3333-444455556666".into()),
+            pod: Some(Arc::new(Pod {
+                name: "web-7d9f4c6b5-x2x4z".into(),
+                namespace: "shop".into(),
+                owner: Some("Deployment/web".into()),
+                service_account: Some("web".into()),
+                labels: [("app".to_owned(), "web".to_owned())].into(),
+            })),
             ..(*named.caller).clone()
         }),
         ..named
@@ -175,7 +202,13 @@ fn every_kind_of_event_is_written_as_documented() {
             on_failure: "closed".into(),
             backstop: true,
             uplinks: vec!["ens5".into()],
+            adopted: true,
+            counts: Counts {
+                redirected: 12,
+                ..Counts::default()
+            },
         }),
+        Kind::Alive(Stopped::default()),
         Kind::Packet(Packet {
             verdict: Verdict::Deny,
             layer: Layer::Perimeter,

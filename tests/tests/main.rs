@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed helper is a failed test")]
 
+mod attribution;
 mod bounds;
 mod bypass;
 mod caller;
@@ -14,12 +15,15 @@ mod distance;
 mod doctor;
 mod events;
 mod faults;
+mod forensics;
 mod holes;
 mod http;
 mod lab;
 mod lifecycle;
 mod live;
 mod load;
+mod logs;
+mod outputs;
 mod redirect;
 mod rules;
 mod story;

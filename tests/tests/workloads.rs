@@ -250,6 +250,7 @@ fn rules_on_pods_follow_what_kubernetes_says() {
     let expected = Pod {
         name: "pod-1".into(),
         namespace: "shop".into(),
+        owner: None,
         service_account: Some("web".into()),
         labels: [("tier".to_owned(), "front".to_owned())].into(),
     };

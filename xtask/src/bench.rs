@@ -24,12 +24,14 @@ pub fn run(args: &[OsString]) -> Result<()> {
             .args(["--package", "imds-guard-tests", "--bins"])
             .current_dir(workspace()),
     )?;
-    process::run(
-        Command::new(cargo())
-            .args(["run", "--release", "--locked"])
-            .args(["--package", "imds-guard-tests", "--bin", "bench-rules"])
-            .current_dir(workspace()),
-    )?;
+    for bench in ["bench-rules", "bench-events"] {
+        process::run(
+            Command::new(cargo())
+                .args(["run", "--release", "--locked"])
+                .args(["--package", "imds-guard-tests", "--bin", bench])
+                .current_dir(workspace()),
+        )?;
+    }
     let mut bench = Command::new(cargo());
     bench
         .args(["run", "--release", "--locked"])

@@ -17,11 +17,19 @@ type Need = (&'static str, &'static str);
 const NEEDS: [Need; 3] = [("curl", "curl"), ("ip", "iproute2"), ("python3", "python3")];
 
 /// What only the tests call.
-const TEST_NEEDS: [Need; 6] = [
+const TEST_NEEDS: [Need; 14] = [
     ("busybox", "busybox-static"),
+    ("chromedriver", "chromium-driver"),
+    ("chromium", "chromium"),
+    ("cron", "cron"),
+    ("javac", "default-jdk-headless"),
     ("iptables", "iptables"),
     ("node", "nodejs"),
     ("npm", "npm"),
+    ("ssh", "openssh-client"),
+    ("sudo", "sudo"),
+    ("systemctl", "systemd"),
+    ("tmux", "tmux"),
     ("wget", "wget"),
     ("wrk", "wrk"),
 ];
@@ -83,6 +91,9 @@ pub fn run_for_tests() -> Result<()> {
     }
     install_docker()?;
     install_proxies()?;
+    // Servers that are not to start, or change anything, on this host.
+    apt::unpack_once(&["prometheus"], &bpf::tools().join("prometheus"))?;
+    apt::unpack_once(&["openssh-server"], &bpf::tools().join("openssh"))?;
     clients::install()
 }
 

@@ -128,8 +128,8 @@ fn c8_a_reused_process_id_is_not_taken_for_the_caller() {
 /// E1: what the guard leaves in the file system is root's alone.
 #[test]
 fn e1_pins_and_events_are_roots_alone() {
-    let events = std::env::temp_dir().join(format!("imds-guard-e1-{}", std::process::id()));
     let lab = lab();
+    let events = lab.config().with_file_name("events.jsonl");
     let mut command = lab.guard_command(GUARD);
     command.args(ENFORCE).arg("--events").arg(&events);
     // Whatever the one who starts it leaves to others.

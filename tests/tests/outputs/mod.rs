@@ -1,0 +1,474 @@
+//! Where else events go: journald, OpenTelemetry, OCSF, CloudWatch; metrics for Prometheus; the live screen.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use imds_guard::{
+    lab::Place,
+    policy::{Caller, Imds, Reason, Verdict},
+    record::{
+        Event, Kind, Recorder, Request,
+        output::{Collector, Format, Journald, Lines, Otlp, Output, Outputs},
+    },
+};
+use imds_guard_tests::{Sandbox, python, run};
+use serde_json::Value;
+
+use crate::{GUARD, INSTANCE_ID_PATH, events::a_request, logs::Folder};
+
+/// Kills it in the end.
+struct Helper(Child);
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _gone = self.0.kill();
+        let _gone = self.0.wait();
+    }
+}
+
+/// Whatever a caller may say.
+const EVIL: &str = "a\nIMDS_VERDICT=allow\n\u{1b}[2J\"},{\"x\":\"\u{2028}";
+
+fn evil() -> Request {
+    let request = a_request();
+    Request {
+        path: EVIL.into(),
+        user_agent: Some(EVIL.into()),
+        caller: Arc::new(Caller {
+            comm: EVIL.into(),
+            exe: Some(EVIL.into()),
+            script: Some(EVIL.into()),
+            ..(*request.caller).clone()
+        }),
+        folded: None,
+        ..request
+    }
+}
+
+fn promtool(arguments: &[&str], input: &str) -> std::process::Output {
+    let tool = xtask::bpf::tools().join("prometheus/usr/bin/promtool");
+    let mut promtool = Command::new(tool)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool: run `cargo xtask test`");
+    std::io::Write::write_all(&mut promtool.stdin.take().unwrap(), input.as_bytes()).unwrap();
+    promtool.wait_with_output().unwrap()
+}
+
+/// The lines of an output, each a JSON value that fits a schema.
+fn fitting(format: Format, schema: &str, events: &[Event]) -> Vec<Value> {
+    let folder = Folder::new(&format!("schema-{}", schema.len()));
+    let [file, values] = ["schema", "values"].map(|name| folder.path().join(name));
+    let out = fs::File::create(&values).unwrap();
+    let mut lines = Lines::to(format, Box::new(out));
+    for event in events {
+        assert!(lines.write(event, b"").is_ok());
+    }
+    assert!(lines.flush().is_ok());
+    drop(lines);
+    let text = fs::read_to_string(&values).unwrap();
+    fs::write(&file, schema).unwrap();
+    let script = "
+import json, jsonschema, sys
+schema = json.load(open(sys.argv[1]))
+jsonschema.Draft7Validator.check_schema(schema)
+for line in open(sys.argv[2]):
+    jsonschema.validate(json.loads(line), schema)
+";
+    let checked = run(Command::new(python())
+        .args(["-c", script])
+        .args([&file, &values]));
+    assert!(
+        checked.status.success(),
+        "{}",
+        String::from_utf8_lossy(&checked.stderr)
+    );
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+fn event(request: Request) -> Event {
+    Event::now("ip-10-0-0-1", Kind::Request(Box::new(request)))
+}
+
+/// F2 and the format: as Amazon Security Lake takes it.
+#[test]
+fn f2_ocsf_fits_the_schema_whatever_callers_say() {
+    let allowed = Request {
+        verdict: Verdict::Allow,
+        reason: Reason::SessionToken,
+        imds: Some(Imds::V2),
+        status: 200,
+        ..a_request()
+    };
+    let events = [
+        event(a_request()),
+        event(evil()),
+        event(allowed),
+        Event::now("h", Kind::EventsLost { count: 1 }),
+    ];
+    let lines = fitting(Format::Ocsf, include_str!("ocsf.schema.json"), &events);
+    assert_eq!(lines.len(), 3, "only requests have a place in the class");
+    assert_eq!(
+        (&lines[0]["action_id"], &lines[0]["type_uid"]),
+        (&Value::from(2), &Value::from(400_203))
+    );
+    assert_eq!(lines[0]["count"], 3);
+    assert_eq!(lines[1]["http_request"]["url"]["path"], EVIL);
+    assert_eq!(
+        (&lines[2]["action_id"], &lines[2]["status_id"]),
+        (&Value::from(1), &Value::from(1))
+    );
+}
+
+/// F2 and the format: as the CloudWatch agent takes it; and nobody can make metrics without end.
+#[test]
+fn f2_emf_fits_the_schema_and_has_an_end() {
+    let v2 = Request {
+        imds: Some(Imds::V2),
+        ..a_request()
+    };
+    let mut events = vec![event(v2), event(a_request()), event(evil())];
+    for number in 0..500 {
+        let request = a_request();
+        events.push(event(Request {
+            caller: Arc::new(Caller {
+                script: Some(format!("/tmp/{number}")),
+                ..(*request.caller).clone()
+            }),
+            folded: None,
+            ..request
+        }));
+    }
+    let lines = fitting(Format::emf(), include_str!("emf.schema.json"), &events);
+    assert_eq!(lines.len(), 502, "IMDSv2 is no metric");
+    let metrics = &lines[0]["_aws"]["CloudWatchMetrics"][0];
+    assert_eq!(metrics["Metrics"][0]["Name"], "MetadataNoToken");
+    assert_eq!(
+        (
+            &lines[0]["MetadataNoToken"],
+            &lines[0]["MetadataNoTokenRejected"]
+        ),
+        (&Value::from(3), &Value::from(3))
+    );
+    assert!(
+        lines[0]["Process"]
+            .as_str()
+            .unwrap()
+            .contains("backup.service")
+    );
+    let processes: BTreeSet<_> = lines
+        .iter()
+        .map(|it| it["Process"].as_str().unwrap())
+        .collect();
+    assert_eq!(processes.len(), 201);
+    assert_eq!(lines.last().unwrap()["Process"], "other");
+}
+
+/// F2: journald gets fields; what callers say is in one field each.
+#[test]
+fn f2_journald_gets_fields_that_nobody_can_forge() {
+    let folder = Folder::new("journal");
+    let path = folder.path().join("socket");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let mut journald = Journald::to(&path).unwrap();
+    assert!(journald.write(&event(evil()), b"").is_ok());
+    let mut buffer = vec![0; 65536];
+    let length = socket.recv(&mut buffer).unwrap();
+    let fields = fields(&buffer[..length]);
+    let all = |name: &str| -> Vec<&str> {
+        fields
+            .iter()
+            .filter(|(it, _)| it == name)
+            .map(|(_, value)| value.as_str())
+            .collect()
+    };
+    assert_eq!(all("IMDS_VERDICT"), ["deny"]);
+    assert_eq!(all("IMDS_VERSION"), ["v1"]);
+    assert_eq!(all("IMDS_PATH"), [EVIL]);
+    assert_eq!(all("IMDS_CALLER_COMM"), [EVIL]);
+    assert_eq!(all("PRIORITY"), ["4"]);
+    assert!(!all("MESSAGE")[0].contains(['\n', '\u{1b}']));
+}
+
+/// The fields of a message, read as journald does.
+fn fields(mut message: &[u8]) -> Vec<(String, String)> {
+    let mut fields = Vec::new();
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    while !message.is_empty() {
+        let end = message.iter().position(|byte| *byte == b'\n').unwrap();
+        let line = &message[..end];
+        message = &message[end + 1..];
+        match line.iter().position(|byte| *byte == b'=') {
+            Some(place) => fields.push((text(&line[..place]), text(&line[place + 1..]))),
+            None => {
+                let length = u64::from_le_bytes(message[..8].try_into().unwrap()) as usize;
+                fields.push((text(line), text(&message[8..8 + length])));
+                message = &message[8 + length + 1..];
+            }
+        }
+    }
+    fields
+}
+
+/// OpenTelemetry's own messages, read by OpenTelemetry's own code; a collector that is busy gets them again.
+#[test]
+fn otlp_is_what_a_collector_takes() {
+    let collector = Command::new(python())
+        .args(["-c", include_str!("collector.py")])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut collector = Helper(collector);
+    let mut lines = BufReader::new(collector.0.stdout.take().unwrap()).lines();
+    let port = lines.next().unwrap().unwrap();
+    let lost = Arc::default();
+    let at = Collector::at(&format!("http://127.0.0.1:{port}")).unwrap();
+    let otlp = Otlp::start("ip-10-0-0-1", at, Arc::clone(&lost)).unwrap();
+    let outputs = Outputs::default().counting("otlp", otlp, Arc::clone(&lost));
+    let (recorder, writer) = Recorder::start("ip-10-0-0-1", outputs).unwrap();
+    recorder.record(Kind::Request(Box::new(a_request())));
+    recorder.record(Kind::Request(Box::new(evil())));
+    let record: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    assert_eq!(record["service"], "imds-guard");
+    assert_eq!(record["event"], "imds_guard.request");
+    assert_eq!(record["severity"], 13);
+    let attributes = &record["attributes"];
+    assert_eq!(attributes["imds.version"], "v1");
+    assert_eq!(attributes["http.response.status_code"], 401);
+    assert_eq!(attributes["systemd.unit"], "backup.service");
+    let record: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    assert_eq!(record["attributes"]["url.path"], EVIL);
+    assert_eq!(lost.load(std::sync::atomic::Ordering::Relaxed), 0);
+    drop(collector);
+    drop(recorder);
+    writer.finish();
+    assert!(Collector::at("https://example.com").is_err());
+}
+
+/// All of it at once, as somebody would configure it; `status` and metrics tell.
+#[test]
+fn a_guard_writes_to_all_of_them_and_prometheus_reads_its_metrics() {
+    let folder = Folder::new("all");
+    let [ocsf, emf, metrics] =
+        ["ocsf.jsonl", "emf.jsonl", "metrics.sock"].map(|name| folder.path().join(name));
+    let path = |path: &Path| path.to_str().unwrap().to_owned();
+    let rules = "[[rule]]\nname = \"a rule\"\npath = \"/latest/user-data\"\naction = \"deny\"\n";
+    let config = format!(
+        "mode = \"enforce\"\nevents = \"{}\"\nevents_chain = true\nocsf = \"{}\"\nemf = \"{}\"\nmetrics = \"{}\"\n\
+         events_sync = \"batch\"\n{rules}",
+        path(&folder.log()),
+        path(&ocsf),
+        path(&emf),
+        path(&metrics)
+    );
+    let lab = imds_guard_tests::lab();
+    fs::write(lab.config(), config).unwrap();
+    let mut command = lab.guard_command(GUARD);
+    let mut guard = Helper(command.stderr(Stdio::piped()).spawn().unwrap());
+    let mut said = BufReader::new(guard.0.stderr.take().unwrap()).lines();
+    while !said
+        .next()
+        .expect("the guard ended")
+        .unwrap()
+        .contains("watching")
+    {}
+    for (url, status) in [(INSTANCE_ID_PATH, 401), ("/latest/user-data", 403)] {
+        let answer =
+            imds_guard_tests::curl(&lab, Place::Host, &[format!("http://169.254.169.254{url}")]);
+        assert_eq!(answer.status, status);
+    }
+    let scraped = run(Command::new("curl")
+        .args(["-sS", "--unix-socket"])
+        .arg(&metrics)
+        .arg("http://h/metrics"));
+    let text = String::from_utf8(scraped.stdout).unwrap();
+    let value = |name: &str| {
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(name))
+            .unwrap_or_else(|| panic!("no {name} in {text}"));
+        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+    };
+    assert_eq!(
+        value("imds_guard_requests_total{version=\"v1\",verdict=\"deny\",endpoint=\"ipv4\"}"),
+        2.0
+    );
+    assert_eq!(
+        value("imds_guard_v1_requests_total{caller=\"/usr/bin/curl"),
+        2.0
+    );
+    assert_eq!(
+        value("imds_guard_connections_total{outcome=\"redirected\"}"),
+        2.0
+    );
+    assert_eq!(value("imds_guard_rule_hits_total{rule=\"a rule\"}"), 1.0);
+    assert_eq!(value("imds_guard_mode{mode=\"enforce\"}"), 1.0);
+    assert_eq!(value("imds_guard_map_capacity{map=\"FLOWS\"}"), 16384.0);
+    assert_eq!(value("imds_guard_guard_duration_seconds_count"), 2.0);
+    assert_eq!(
+        value("imds_guard_events_lost_total{output=\"events\"}"),
+        0.0
+    );
+    // OpenMetrics ends with a mark that the older text format does not have.
+    let plain = text.replace("# EOF\n", "");
+    let checked = promtool(&["check", "metrics"], &plain);
+    let complaints = String::from_utf8_lossy(&checked.stderr).into_owned();
+    assert!(!complaints.contains("error while linting"), "{complaints}");
+    charts_show_what_there_is(&text);
+    let pid = nix::unistd::Pid::from_raw(guard.0.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(guard.0.wait().unwrap().success());
+    let lines = |path: &Path| fs::read_to_string(path).unwrap().lines().count();
+    assert_eq!((lines(&folder.log()), lines(&ocsf), lines(&emf)), (4, 2, 2));
+    let verified = run(Command::new(GUARD)
+        .args(["events", "verify", "--file"])
+        .arg(folder.log()));
+    assert!(verified.status.success());
+}
+
+/// Dashboard and alerts ask for metrics that are there; Prometheus takes the alerts, and they fire when they
+/// should.
+fn charts_show_what_there_is(metrics: &str) {
+    let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging");
+    let dashboard = fs::read_to_string(packaging.join("grafana/imds-guard.json")).unwrap();
+    let alerts = fs::read_to_string(packaging.join("prometheus/alerts.yml")).unwrap();
+    assert!(serde_json::from_str::<Value>(&dashboard).is_ok());
+    let mut asked = BTreeSet::new();
+    for text in [&dashboard, &alerts] {
+        for part in text.split("imds_guard_").skip(1) {
+            let name = part
+                .split(|it: char| !it.is_ascii_alphanumeric() && it != '_')
+                .next()
+                .unwrap();
+            asked.insert(format!("imds_guard_{name}"));
+        }
+    }
+    assert!(asked.len() > 10, "{asked:?}");
+    for name in asked {
+        // A family is described, even if nothing was counted yet.
+        let family = ["_total", "_bucket"]
+            .iter()
+            .fold(name.as_str(), |name, end| {
+                name.strip_suffix(end).unwrap_or(name)
+            });
+        assert!(
+            metrics.contains(&format!("# TYPE {family} ")),
+            "{name} is no metric"
+        );
+    }
+    let folder = packaging.join("prometheus");
+    for arguments in [
+        ["check", "rules", "alerts.yml"],
+        ["test", "rules", "alerts.test.yml"],
+    ] {
+        let tool = xtask::bpf::tools().join("prometheus/usr/bin/promtool");
+        let checked = run(Command::new(tool).args(arguments).current_dir(&folder));
+        assert!(checked.status.success(), "{checked:?}");
+    }
+}
+
+/// The live screen in a real terminal of 80×24.
+#[test]
+fn top_shows_callers_and_refusals_in_a_terminal() {
+    let sandbox = Sandbox::new(GUARD, &["--mode", "enforce"]);
+    let folder = Folder::new("top");
+    let socket = folder.path().join("tmux");
+    let tmux = |arguments: &[&str]| {
+        let output = run(Command::new("tmux")
+            .arg("-S")
+            .arg(&socket)
+            .args(arguments)
+            .env_remove("TMUX")
+            .env("LC_ALL", "C.UTF-8"));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let run_dir = sandbox.lab.run_dir();
+    let command = format!("{GUARD} top --run-dir {}", run_dir.display());
+    tmux(&[
+        "new-session",
+        "-d",
+        "-x",
+        "80",
+        "-y",
+        "24",
+        "-s",
+        "top",
+        &command,
+    ]);
+    struct Server<'a>(&'a Path);
+    impl Drop for Server<'_> {
+        fn drop(&mut self) {
+            let _gone = Command::new("tmux")
+                .arg("-S")
+                .arg(self.0)
+                .arg("kill-server")
+                .status();
+        }
+    }
+    let _server = Server(&socket);
+    let screen = |wanted: &str| {
+        let begun = std::time::Instant::now();
+        loop {
+            let screen = tmux(&["capture-pane", "-p", "-t", "top"]);
+            if screen.contains(wanted) {
+                return screen;
+            }
+            assert!(
+                begun.elapsed() < Duration::from_secs(30),
+                "no {wanted} in {screen}"
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    screen("CALLER");
+    let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
+    for _ in 0..3 {
+        assert_eq!(sandbox.curl(Place::Host, &[&url]).status, 401);
+    }
+    let text = screen("/usr/bin/curl");
+    let row = text
+        .lines()
+        .find(|line| line.contains("/usr/bin/curl"))
+        .unwrap();
+    let numbers: Vec<_> = row.split_whitespace().take(4).collect();
+    assert!(
+        numbers[0].parse::<u64>().is_ok() && numbers[1] == "0",
+        "{text}"
+    );
+    assert!(text.contains("enforce") && text.contains("deny"), "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 80) && text.lines().count() <= 24);
+    tmux(&["send-keys", "-t", "top", "n"]);
+    screen("CALLER▾");
+    tmux(&["send-keys", "-t", "top", "q"]);
+    let begun = std::time::Instant::now();
+    while run(Command::new("tmux")
+        .arg("-S")
+        .arg(&socket)
+        .arg("has-session"))
+    .status
+    .success()
+    {
+        assert!(
+            begun.elapsed() < Duration::from_secs(30),
+            "q does not end it"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
