@@ -180,7 +180,25 @@ fn command_lines_are_recorded_as_configured() {
 fn f1_secrets_reach_no_output() {
     let log = std::env::temp_dir().join(format!("imds-guard-test-{}-secrets", std::process::id()));
     let file = std::fs::File::create(&log).unwrap();
-    let arguments = ["--mode", "audit", "--kernel-log", "trace"];
+    let others = crate::logs::Folder::new("secrets");
+    let [ocsf, emf, metrics] = ["ocsf", "emf", "metrics"].map(|name| {
+        let path = others.path().join(name);
+        path.to_str().unwrap().to_owned()
+    });
+    let arguments = [
+        "--mode",
+        "audit",
+        "--kernel-log",
+        "trace",
+        "--events",
+        "-",
+        "--ocsf",
+        &ocsf,
+        "--emf",
+        &emf,
+        "--metrics",
+        &metrics,
+    ];
     let sandbox = Sandbox::with(GUARD, &arguments, |command| {
         command.stderr(file).env("RUST_LOG", "trace");
     });
@@ -199,7 +217,25 @@ fn f1_secrets_reach_no_output() {
     for _ in 0..7 {
         lines.push(sandbox.guard.line().unwrap().0);
     }
+    let scraped = run(std::process::Command::new("curl").args([
+        "-s",
+        "--unix-socket",
+        &metrics,
+        "http://h/",
+    ]));
     let (_, _lab) = sandbox.stop();
+    for file in [&ocsf, &emf] {
+        let text = std::fs::read_to_string(file).unwrap();
+        assert!(text.contains("/latest/user-data"), "{text}");
+        lines.push(text);
+    }
+    lines.push(String::from_utf8_lossy(&scraped.stdout).into_owned());
+    assert!(
+        lines
+            .last()
+            .unwrap()
+            .contains("imds_guard_v1_requests_total")
+    );
     lines.push(std::fs::read_to_string(&log).unwrap());
     std::fs::remove_file(&log).unwrap();
     let output = lines.join("\n");

@@ -137,6 +137,20 @@ fn a_log_is_rotated_compressed_and_nothing_of_it_is_lost() {
 }
 
 #[test]
+fn a_log_is_rotated_by_age() {
+    let folder = Folder::new("aged");
+    let old = "{\"schema\":1,\"time\":\"2026-01-02T03:04:05.000000Z\",\"host\":\"h\",\"event\":\"events_lost\",\"count\":1}\n";
+    fs::write(folder.log(), old).unwrap();
+    record(to_file(&folder.log(), Format::Json, ROTATION), 10);
+    let away = compressed(folder.path());
+    assert_eq!((away.len(), all(&folder.log()).len()), (1, 11));
+    assert_eq!(
+        fs::read_to_string(folder.log()).unwrap().lines().count(),
+        10
+    );
+}
+
+#[test]
 fn old_files_make_room_for_new_ones() {
     let folder = Folder::new("capped");
     let rotation = Rotation {

@@ -202,6 +202,57 @@ fn f2_journald_gets_fields_that_nobody_can_forge() {
     assert!(!all("MESSAGE")[0].contains(['\n', '\u{1b}']));
 }
 
+/// A journald of the test's own finds requests by their fields.
+#[test]
+fn journalctl_finds_requests_by_version() {
+    let script = "mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/log && mkdir -p /run/systemd/journal &&
+        exec /lib/systemd/systemd-journald";
+    let journald = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let journald = Helper(journald);
+    let pid = journald.0.id();
+    let begun = std::time::Instant::now();
+    let find = |field: &str| {
+        let arguments = [
+            "--target",
+            &pid.to_string(),
+            "--mount",
+            "journalctl",
+            "-o",
+            "json",
+            field,
+        ];
+        let found = run(Command::new("nsenter").args(arguments));
+        let text = String::from_utf8_lossy(&found.stdout).into_owned();
+        text.lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap())
+            .collect::<Vec<_>>()
+    };
+    let socket = format!("/proc/{pid}/root/run/systemd/journal/socket");
+    let mut output = Journald::to(Path::new(&socket)).unwrap();
+    while let Err(lost) = output.write(&event(a_request()), b"") {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{}", lost.error);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(output.write(&event(evil()), b"").is_ok());
+    let found = loop {
+        let found = find("IMDS_VERSION=v1");
+        if found.len() == 2 {
+            break found;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{found:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert_eq!(found[0]["IMDS_CALLER_EXE"], "/usr/bin/curl");
+    assert_eq!(found[0]["SYSLOG_IDENTIFIER"], "imds-guard");
+    assert_eq!(found[1]["IMDS_VERDICT"], "deny", "nobody adds a field");
+    assert_eq!(find("IMDS_VERSION=v2"), [Value::Null; 0]);
+}
+
 /// The fields of a message, read as journald does.
 fn fields(mut message: &[u8]) -> Vec<(String, String)> {
     let mut fields = Vec::new();
