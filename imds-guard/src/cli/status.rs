@@ -199,7 +199,11 @@ fn print_guard(guard: &Status) {
         "dropped     {} packets by the backstop, {} by the perimeter",
         totals.backstop_dropped, totals.perimeter_dropped
     );
-    println!("events      {} lost", guard.events_lost);
+    let mut lost = format!("events      {} lost", guard.events_lost);
+    for (output, events) in guard.lost_by_output.iter().filter(|(_, lost)| **lost > 0) {
+        lost += &format!(", {output} lost {events}");
+    }
+    println!("{lost}");
     match standing.files.is_empty() {
         true => println!("files       none: defaults, environment and command line hold"),
         false => println!("files       {}", standing.files.join(", ")),

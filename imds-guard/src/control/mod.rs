@@ -99,8 +99,12 @@ pub struct Status {
     pub totals: Totals,
     /// What the kernel programs have counted since they were first attached.
     pub counts: Counts,
-    /// Events lost since the guard was started.
+    /// Events lost since the guard was started: those that came too fast for all outputs, and those that
+    /// the event log could not take.
     pub events_lost: u64,
+    /// Events that one output has lost by itself, by the key that names it.
+    #[serde(default)]
+    pub lost_by_output: BTreeMap<String, u64>,
 }
 
 /// What the configuration says, as far as it is not in force.

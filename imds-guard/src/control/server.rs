@@ -5,7 +5,7 @@ use std::{
     io,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
@@ -215,6 +215,12 @@ fn status(desk: &Desk) -> Status {
         totals: desk.tally.totals(),
         counts: desk.counters.read(),
         events_lost: desk.recorder.lost(),
+        lost_by_output: desk
+            .recorder
+            .losses()
+            .iter()
+            .map(|loss| (loss.output.to_owned(), loss.events.load(Relaxed)))
+            .collect(),
     }
 }
 

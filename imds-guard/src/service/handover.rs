@@ -127,14 +127,15 @@ pub fn none_left(handed_over: &[TcpListener]) -> Result<(), Failure> {
     }
 }
 
-/// A listening TCP socket, or nothing.
+/// A listening TCP socket, or nothing. The one for metrics is not handed over, but shares its port.
 fn listener(fd: OwnedFd) -> Option<TcpListener> {
     let socket = SockRef::from(&fd);
     let listens = socket.is_listener().unwrap_or(false);
+    let is_shared = socket.reuse_port().unwrap_or(false);
     let is_ip = socket
         .local_addr()
         .is_ok_and(|own| own.as_socket().is_some());
-    (listens && is_ip).then(|| TcpListener::from(Socket::from(fd)))
+    (listens && is_ip && !is_shared).then(|| TcpListener::from(Socket::from(fd)))
 }
 
 /// pidfd_open(2), Linux 5.3.

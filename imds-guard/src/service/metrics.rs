@@ -2,6 +2,7 @@
 
 use std::{
     fmt, io,
+    net::SocketAddr,
     os::unix::fs::PermissionsExt as _,
     path::Path,
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -23,6 +24,7 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
     registry::Registry,
 };
+use socket2::{Domain, Socket, Type};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
@@ -39,8 +41,9 @@ use crate::{
     record::{Recorder, Tally},
 };
 
-/// Scrapes at once.
+/// Scrapes at once, and those that may wait.
 const SCRAPES: usize = 4;
+const BACKLOG: i32 = 16;
 /// How long a scrape may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The text format of Prometheus that OpenMetrics grew out of.
@@ -75,9 +78,7 @@ impl Door {
         };
         match at {
             MetricsAt::Address(address) => {
-                // As the standard library does: with SO_REUSEADDR.
-                let listener = std::net::TcpListener::bind(address).map_err(failure)?;
-                listener.set_nonblocking(true).map_err(failure)?;
+                let listener = shared(*address).map_err(failure)?;
                 Ok(Self::Tcp(listener))
             }
             MetricsAt::Socket(path) => Ok(Self::Unix(socket(path).map_err(failure)?)),
@@ -116,6 +117,18 @@ impl Door {
             }
         })
     }
+}
+
+/// One that the next guard can listen on, too, before this one has ended.
+fn shared(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    // The kernel lets only sockets of the same user share a port.
+    socket.set_reuse_port(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// For root alone, in place of one that an earlier guard has left.

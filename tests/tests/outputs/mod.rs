@@ -389,6 +389,75 @@ fn a_guard_writes_to_all_of_them_and_prometheus_reads_its_metrics() {
     assert!(verified.status.success());
 }
 
+/// A guard that takes over goes on with the same log, the same chain and the same port for metrics.
+#[test]
+fn a_handover_keeps_the_chain_and_the_metrics() {
+    let folder = Folder::new("handover");
+    let lab = imds_guard_tests::lab();
+    let config = format!(
+        "events = \"{}\"\nevents_chain = true\nmetrics = \"127.0.0.1:9254\"\n",
+        folder.log().display()
+    );
+    fs::write(lab.config(), config).unwrap();
+    let start = |arguments: &[&str]| {
+        let mut command = lab.guard_command(GUARD);
+        let mut guard = Helper(
+            command
+                .args(arguments)
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap(),
+        );
+        let mut said = BufReader::new(guard.0.stderr.take().unwrap()).lines();
+        let mut complaint = String::new();
+        while !complaint.contains("watching") {
+            let line = said
+                .next()
+                .unwrap_or_else(|| panic!("the guard ended: {complaint}"));
+            complaint += &line.unwrap();
+        }
+        (guard, said)
+    };
+    let ask = || {
+        let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
+        assert_eq!(
+            imds_guard_tests::curl(&lab, Place::Host, &[url]).status,
+            200
+        );
+    };
+    let (mut old, _old_said) = start(&[]);
+    ask();
+    let (mut new, _new_said) = start(&["--replace"]);
+    assert!(old.0.wait().unwrap().success());
+    ask();
+    let scraped = imds_guard_tests::curl(&lab, Place::Guard, &["http://127.0.0.1:9254/metrics"]);
+    assert_eq!(scraped.status, 200);
+    assert!(
+        scraped.body.contains(
+            "imds_guard_requests_total{version=\"v1\",verdict=\"audit\",endpoint=\"ipv4\"} 1\n"
+        ),
+        "{}",
+        scraped.body
+    );
+    let pid = nix::unistd::Pid::from_raw(new.0.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(new.0.wait().unwrap().success());
+    let verified = run(Command::new(GUARD)
+        .args(["events", "verify", "--file"])
+        .arg(folder.log()));
+    let said = String::from_utf8_lossy(&verified.stdout).into_owned();
+    assert!(
+        said.starts_with("6 lines are as they were written"),
+        "{said}"
+    );
+    let text = fs::read_to_string(folder.log()).unwrap();
+    let adopted = text
+        .lines()
+        .filter(|line| line.contains("\"adopted\":true"))
+        .count();
+    assert_eq!(adopted, 1, "{text}");
+}
+
 /// Dashboard and alerts ask for metrics that are there; Prometheus takes the alerts, and they fire when they
 /// should.
 fn charts_show_what_there_is(metrics: &str) {

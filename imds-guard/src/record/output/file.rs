@@ -273,7 +273,11 @@ impl LogFile {
         if self.rotation.sync != Sync::Never {
             self.sync()?;
         }
-        self.archive.put_away(Timestamp::now())?;
+        match self.archive.put_away(Timestamp::now()) {
+            // Put away before, when no new file could be made.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            done => done?,
+        }
         self.file = self.archive.open_current()?;
         self.length = 0;
         self.begun = Timestamp::now();
