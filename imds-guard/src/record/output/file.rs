@@ -63,7 +63,8 @@ pub struct LogFile {
     synced: Instant,
     is_synced: bool,
     is_claimed: bool,
-    _lock: Option<Flock<File>>,
+    /// Held for as long as this writes. Without it, another guard may be writing.
+    lock: Option<Flock<File>>,
 }
 
 #[derive(Deserialize)]
@@ -89,13 +90,16 @@ impl LogFile {
             synced: Instant::now(),
             is_synced: true,
             is_claimed: false,
-            _lock: None,
+            lock: None,
         };
         if kind.is_dir() || kind.is_block_device() {
             return Err(io::Error::other("it is no file"));
         }
         if log.is_regular {
-            log.repair()?;
+            log.lock = log.locked(Duration::ZERO);
+            if log.lock.is_some() {
+                log.repair()?;
+            }
         }
         Ok(log)
     }
@@ -185,24 +189,35 @@ impl LogFile {
             return;
         }
         self.is_claimed = true;
-        self._lock = self.locked();
-        if let Ok(file) = self.archive.open_current() {
-            self.file = file;
-            if let Err(error) = self.repair() {
+        if self.lock.is_none() {
+            self.lock = self.locked(HANDOVER);
+            if let Err(error) = self.look_again() {
                 log::warn!("{}: {error}", self.archive.path().display());
             }
         }
         self.tidy();
     }
 
-    /// Locks the log; `None` if that cannot be, or another process does not let go of it.
-    fn locked(&self) -> Option<Flock<File>> {
-        let waits_until = Instant::now() + HANDOVER;
+    /// Opens the file that is the log by now.
+    fn look_again(&mut self) -> io::Result<()> {
+        self.file = self.archive.open_current()?;
+        if self.lock.is_some() {
+            return self.repair();
+        }
+        // What looks like half a line may be one that is being written.
+        self.length = self.file.metadata()?.size();
+        Ok(())
+    }
+
+    /// Locks the log; `None` if that cannot be, or another process does not let go of it in time.
+    fn locked(&self, patience: Duration) -> Option<Flock<File>> {
+        let waits_until = Instant::now() + patience;
         let mut lock = self.archive.lock_file().ok()?;
         loop {
             match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => return Some(lock),
-                Err((_, _)) if Instant::now() > waits_until => {
+                Err(_) if patience.is_zero() => return None,
+                Err(_) if Instant::now() > waits_until => {
                     log::warn!(
                         "another process writes to {}",
                         self.archive.path().display()
