@@ -25,6 +25,7 @@ use anyhow::{Context, Result, bail};
 use image::Image;
 use kernels::Kernel;
 use xtask::{
+    bpf,
     process::{self, cargo},
     workspace,
 };
@@ -32,13 +33,22 @@ use xtask::{
 use crate::{apt, privilege::require_root, setup, test};
 
 /// Programs, and the packages that bring them.
-const NEEDS: [(&str, &str); 6] = [
-    ("qemu-system-x86_64", "qemu-system-x86"),
+const NEEDS: [(&str, &str); 5] = [
     ("busybox", "busybox-static"),
     ("cpio", "cpio"),
     ("depmod", "kmod"),
     ("xz", "xz-utils"),
     ("strip", "binutils"),
+];
+
+/// qemu, and the packages of its program, its modules, and what it runs before a kernel. It looks for these
+/// where it stands itself.
+const QEMU: &str = "qemu-system-x86_64";
+const QEMU_PACKAGES: [&str; 4] = [
+    "qemu-system-x86",
+    "qemu-system-common",
+    "qemu-system-data",
+    "seabios",
 ];
 
 /// The tests that are about the kernel: redirect, attribution, layers, life of the programs, bypasses, hops.
@@ -75,6 +85,7 @@ pub fn run(args: &[OsString]) -> Result<()> {
     if !missing.is_empty() {
         apt::install(&missing)?;
     }
+    let qemu = qemu()?;
     let folder = workspace().join("target/vm");
     fs::create_dir_all(&folder)?;
     let (lines, tests): (Vec<String>, Vec<String>) = args
@@ -107,7 +118,7 @@ pub fn run(args: &[OsString]) -> Result<()> {
             kernel,
         });
     }
-    let failed = run_all(&machines)?;
+    let failed = run_all(&qemu, &machines)?;
     if failed.is_empty() {
         println!("vm-test: {} kernels passed, 0 failed", machines.len());
         Ok(())
@@ -128,15 +139,15 @@ struct Machine {
 }
 
 /// Runs as many machines at a time as there are processors here. Returns the kernels that failed.
-fn run_all(machines: &[Machine]) -> Result<Vec<&str>> {
+fn run_all<'a>(qemu: &Path, machines: &'a [Machine]) -> Result<Vec<&'a str>> {
     let workers = thread::available_parallelism().map_or(1, NonZero::get);
     let next = AtomicUsize::new(0);
-    let work = || -> Result<Vec<&str>> {
+    let work = || -> Result<Vec<&'a str>> {
         let mut failed = Vec::new();
         while let Some(machine) = machines.get(next.fetch_add(1, Ordering::Relaxed)) {
             let release = machine.kernel.release.as_str();
             let begun = Instant::now();
-            let outcome = boot(machine)?;
+            let outcome = boot(qemu, machine)?;
             let took = begun.elapsed().as_secs();
             println!("vm-test: {release}: {} in {took} s", outcome.summary);
             if !outcome.passed {
@@ -157,6 +168,17 @@ fn run_all(machines: &[Machine]) -> Result<Vec<&str>> {
         Ok(())
     })?;
     Ok(failed)
+}
+
+/// The host's own emulator, else one that is only unpacked: installed, its packages would have to be of
+/// one version with others of qemu that the host has.
+fn qemu() -> Result<PathBuf> {
+    if let Some(program) = process::find(QEMU) {
+        return Ok(program);
+    }
+    let folder = bpf::tools().join("qemu");
+    apt::unpack_once(&QEMU_PACKAGES, &folder)?;
+    Ok(folder.join("usr/bin").join(QEMU))
 }
 
 /// What runs in a machine.
@@ -228,10 +250,10 @@ struct Outcome {
 }
 
 /// Boots a kernel and follows what it says, until it has said how the tests ended.
-fn boot(machine: &Machine) -> Result<Outcome> {
+fn boot(qemu: &Path, machine: &Machine) -> Result<Outcome> {
     let release = &machine.kernel.release;
     let mut log = fs::File::create(&machine.log)?;
-    let mut process = Command::new("qemu-system-x86_64")
+    let mut process = Command::new(qemu)
         // Emulated, as hardware virtualisation does not work everywhere where there is a /dev/kvm; with
         // one plain processor each, as several machines run at a time.
         .args([
