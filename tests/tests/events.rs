@@ -10,7 +10,7 @@ use imds_guard::{
     record::{
         AnsweredBy, By, Change, ConnectionRefusal, Counts, Endpoint, Event, Folded, Kind, Latency,
         Layer, Packet, PolicyChange, RefusedConnection, Request, RuleExpired, SCHEMA_VERSION,
-        Started, Stopped, UpstreamFailure, UpstreamFailureKind,
+        Started, Stopped, Unwatched, UpstreamFailure, UpstreamFailureKind,
     },
 };
 
@@ -207,6 +207,7 @@ fn every_kind_of_event_is_written_as_documented() {
                 redirected: 12,
                 ..Counts::default()
             },
+            took_over_from: Some(411),
         }),
         Kind::Alive(Stopped::default()),
         Kind::Packet(Packet {
@@ -275,6 +276,8 @@ fn every_kind_of_event_is_written_as_documented() {
                 ..Counts::default()
             },
             events_lost: 0,
+            pid: 412,
+            unwatched: vec![Unwatched::OtherCgroups, Unwatched::Perimeter],
         }),
     ];
     let lines: Vec<String> = kinds

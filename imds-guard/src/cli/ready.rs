@@ -56,6 +56,8 @@ struct Readiness {
     v1_needed: u64,
     /// IMDSv1 calls that were refused.
     v1_denied: u64,
+    /// IMDSv1 calls that the guard carried over: these work without IMDSv1, but not without the guard.
+    v1_upgraded: u64,
     /// Who needed IMDSv1.
     callers: Vec<Row>,
     /// Hosts that were not watched all the time.
@@ -98,6 +100,7 @@ fn judge(summary: &Summary, (from, to): (Timestamp, Timestamp), elastic: bool) -
     let mut callers = report.v1_callers;
     callers.retain(|row| row.calls.needed_v1() > 0);
     let needed = summary.calls.needed_v1();
+    // Logs in which no host was heard of prove nothing.
     let ready = needed == 0 && gaps.is_empty() && report.hosts > 0 && summary.skipped == 0;
     Readiness {
         ready,
@@ -108,6 +111,7 @@ fn judge(summary: &Summary, (from, to): (Timestamp, Timestamp), elastic: bool) -
         skipped: summary.skipped,
         v1_needed: needed,
         v1_denied: summary.calls.v1_denied,
+        v1_upgraded: summary.calls.v1_upgraded,
         callers,
         gaps,
         next_steps: if ready { STEPS.to_vec() } else { Vec::new() },
@@ -129,8 +133,14 @@ fn print(readiness: &Readiness) {
     );
     if readiness.v1_denied > 0 {
         println!(
-            "  {} calls without a session token were refused by the guard, and not needed",
+            "  {} calls without a session token were refused, and not needed",
             readiness.v1_denied
+        );
+    }
+    if readiness.v1_upgraded > 0 {
+        println!(
+            "  {} calls without a session token were carried over by the guard: keep it, and its rules",
+            readiness.v1_upgraded
         );
     }
     if readiness.hosts == 0 {
@@ -210,10 +220,11 @@ const STEPS: [Step; 5] = [
       "Condition": {"StringNotEquals": {"ec2:MetadataHttpTokens": "required"}}
     },
     {
-      "Sid": "NobodyTurnsItBack",
+      "Sid": "OnlyOneRoleChangesIt",
       "Effect": "Deny",
       "Action": "ec2:ModifyInstanceMetadataOptions",
-      "Resource": "*"
+      "Resource": "*",
+      "Condition": {"StringNotLike": {"aws:PrincipalARN": "arn:aws:iam::*:role/ec2-imds-admins"}}
     },
     {
       "Sid": "NoCredentialsFromImdsV1",

@@ -7,7 +7,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Lifecycle, Line};
-use crate::record::ALIVE;
+use crate::{
+    policy::Verdict,
+    record::{ALIVE, Unwatched},
+};
 
 /// Minutes without any event after which nobody is taken to have watched.
 const SILENCE: i64 = (ALIVE.as_secs() as i64 / 60) * 2 + 5;
@@ -31,6 +34,10 @@ struct Host {
     turns: Vec<Turn>,
     /// The last turn before the time that is looked at.
     before: Option<Turn>,
+    /// When a packet was last seen going past; the next turn counts it.
+    last_packet: String,
+    /// There were more turns than are remembered.
+    has_more: bool,
 }
 
 /// A point in the life of a guard.
@@ -41,20 +48,32 @@ struct Turn {
     what: What,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum What {
-    Started { adopted: bool, counts: Seen },
-    Alive(Seen),
-    Stopped(Seen),
+    Started {
+        adopted: bool,
+        took_over_from: Option<u32>,
+        counts: Seen,
+    },
+    Alive(State),
+    Stopped(State),
     Lost(u64),
+}
+
+/// What a guard says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct State {
+    pid: u32,
+    seen: Seen,
+    unwatched: Vec<Unwatched>,
 }
 
 /// What kernel programs have counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Seen {
     redirected: u64,
+    /// Connections and packets that no guard has judged.
     past: u64,
-    unattended: u64,
 }
 
 /// How one host was watched.
@@ -80,27 +99,31 @@ pub struct Gap {
 impl Coverage {
     /// Takes an event into account, in any order.
     pub(super) fn add(&mut self, line: &Line<'_>) {
-        let Some(minute) = self.minute(line.time.as_str()) else {
+        let Some(minute) = self.minute(&line.time) else {
             return;
         };
         let host = self.host(line.host.as_str());
         // The last of a line that stands for many is when it was written.
         *host.heard.entry(minute.div_euclid(64)).or_default() |= 1 << minute.rem_euclid(64);
-        if let Some(what) = What::of(line)
-            && host.turns.len() < MOST_TURNS
-        {
-            let time = line.time.as_str().to_owned();
-            host.turns.push(Turn { time, minute, what });
+        if line.event == Lifecycle::Packet && line.verdict == Some(Verdict::Audit) {
+            host.note_packet(&line.time);
         }
+        let Some(what) = What::of(line) else { return };
+        if host.turns.len() == MOST_TURNS {
+            host.has_more = true;
+            return;
+        }
+        let time = line.time.to_string();
+        host.turns.push(Turn { time, minute, what });
     }
 
     /// Takes an event of before into account: was the host watched then?
     pub(super) fn before(&mut self, line: &Line<'_>) {
         let Some(what) = What::of(line) else { return };
-        let Some(minute) = self.minute(line.time.as_str()) else {
+        let Some(minute) = self.minute(&line.time) else {
             return;
         };
-        let time = line.time.as_str().to_owned();
+        let time = line.time.to_string();
         self.host(line.host.as_str())
             .precede(Turn { time, minute, what });
     }
@@ -113,25 +136,29 @@ impl Coverage {
                 *host.heard.entry(word).or_default() |= bits;
             }
             host.turns.extend(theirs.turns);
+            host.has_more |= theirs.has_more;
+            host.note_packet(&theirs.last_packet);
             if let Some(turn) = theirs.before {
                 host.precede(turn);
             }
         }
     }
 
-    /// How many hosts there are.
+    /// How many hosts were heard of.
     #[must_use]
     pub fn hosts(&self) -> usize {
-        self.hosts.len()
+        self.hosts.values().filter(|host| host.is_heard()).count()
     }
 
     /// How each host was watched from one time to another. `elastic`: hosts come and go, so that the time
-    /// before the first event and after the last one of a host is none of its.
+    /// before the first event and after the last one of a host is none of its, if the guard has said that it
+    /// stops.
     #[must_use]
     pub fn judge(&self, from: Timestamp, to: Timestamp, elastic: bool) -> Vec<HostCoverage> {
         let mut hosts: Vec<_> = self
             .hosts
             .iter()
+            .filter(|(_, host)| !elastic || host.is_heard())
             .map(|(name, host)| HostCoverage {
                 host: name.clone(),
                 gaps: host.gaps(from, to, elastic),
@@ -164,25 +191,28 @@ impl Coverage {
 
 impl What {
     fn of(line: &Line<'_>) -> Option<Self> {
-        let seen = || Seen {
-            redirected: line.redirected,
-            past: line.bypassed + line.packets_passed,
-            unattended: line.unattended_bypassed,
+        let state = || State {
+            pid: line.pid.unwrap_or_default(),
+            seen: Seen {
+                redirected: line.redirected,
+                past: line.bypassed + line.packets_passed + line.unattended_bypassed,
+            },
+            unwatched: line.unwatched.clone(),
         };
         match line.event {
             Lifecycle::Started => {
                 let counts = line.counts.unwrap_or_default();
                 Some(Self::Started {
                     adopted: line.adopted,
+                    took_over_from: line.took_over_from,
                     counts: Seen {
                         redirected: counts.redirected,
-                        past: counts.bypassed + counts.packets_passed,
-                        unattended: counts.unattended_bypassed,
+                        past: counts.bypassed + counts.packets_passed + counts.unattended_bypassed,
                     },
                 })
             }
-            Lifecycle::Alive => Some(Self::Alive(seen())),
-            Lifecycle::Stopped => Some(Self::Stopped(seen())),
+            Lifecycle::Alive => Some(Self::Alive(state())),
+            Lifecycle::Stopped => Some(Self::Stopped(state())),
             Lifecycle::EventsLost => Some(Self::Lost(line.count.unwrap_or(1))),
             _ => None,
         }
@@ -191,62 +221,123 @@ impl What {
     fn seen(&self) -> Option<Seen> {
         match self {
             Self::Started { counts, .. } => Some(*counts),
-            Self::Alive(seen) | Self::Stopped(seen) => Some(*seen),
+            Self::Alive(state) | Self::Stopped(state) => Some(state.seen),
             Self::Lost(_) => None,
         }
     }
 }
 
+/// The gaps of a host, in the making.
+#[derive(Default)]
+struct Gaps(Vec<Gap>);
+
+impl Gaps {
+    /// Adds one; what goes on for the same reason is one.
+    fn add(&mut self, from: &str, to: &str, why: String) {
+        if let Some(last) = self.0.last_mut()
+            && last.why == why
+            && last.to == from
+        {
+            to.clone_into(&mut last.to);
+            return;
+        }
+        self.0.push(Gap {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            why,
+        });
+    }
+}
+
 impl Host {
+    fn is_heard(&self) -> bool {
+        !self.heard.is_empty()
+    }
+
     fn precede(&mut self, turn: Turn) {
         if self.before.as_ref().is_none_or(|it| it.time < turn.time) {
             self.before = Some(turn);
         }
     }
 
+    fn note_packet(&mut self, time: &str) {
+        if time > self.last_packet.as_str() {
+            time.clone_into(&mut self.last_packet);
+        }
+    }
+
     fn gaps(&self, from: Timestamp, to: Timestamp, elastic: bool) -> Vec<Gap> {
-        let mut gaps = Vec::new();
+        let mut gaps = Gaps::default();
         let mut turns: Vec<_> = self.turns.iter().collect();
         turns.sort_by(|one, other| one.time.cmp(&other.time));
         self.add_silences(from, to, elastic, &turns, &mut gaps);
+        let end = self.add_turns(&turns, &mut gaps);
+        if self.has_more {
+            let why = format!("there were more than {MOST_TURNS} starts, stops and losses");
+            gaps.add(&at(minute(from)), &at(minute(to)), why);
+        }
+        if self.last_packet.as_str() > end {
+            let why = "packets went past the guard".into();
+            gaps.add(&self.last_packet, &self.last_packet, why);
+        }
+        gaps.0.sort_by(|one, other| one.from.cmp(&other.from));
+        gaps.0
+    }
+
+    /// What starts, stops and the like tell. Returns the time of the last that counts what went past.
+    fn add_turns<'a>(&'a self, turns: &[&'a Turn], gaps: &mut Gaps) -> &'a str {
         let mut before = self.before.as_ref();
         let mut seen = before.and_then(|turn| turn.what.seen());
-        for turn in turns {
-            match turn.what {
-                What::Started { adopted, counts } => {
+        // A guard that was taken over from, and has not stopped yet.
+        let mut leaving = None;
+        for &turn in turns {
+            let since = before.map_or(turn.time.as_str(), |it| it.time.as_str());
+            let mut add_past = |now: Seen| {
+                let past = now.past.saturating_sub(seen.map_or(0, |seen| seen.past));
+                if past > 0 {
+                    let why = format!("{past} connections or packets went past the guard");
+                    gaps.add(since, &turn.time, why);
+                }
+            };
+            let mut is_leaving = false;
+            match &turn.what {
+                What::Started {
+                    took_over_from: Some(pid),
+                    counts,
+                    ..
+                } => {
+                    leaving = Some(*pid);
+                    add_past(*counts);
+                }
+                What::Started {
+                    adopted, counts, ..
+                } => {
                     if let Some(before) = before
-                        && let Some(why) = unwatched(before, adopted, counts)
+                        && let Some(why) = unwatched(before, *adopted, *counts)
                     {
-                        gaps.push(Gap {
-                            from: before.time.clone(),
-                            to: turn.time.clone(),
-                            why,
-                        });
+                        gaps.add(since, &turn.time, why);
                     }
                 }
-                What::Lost(count) => gaps.push(Gap {
-                    from: before.map_or_else(|| turn.time.clone(), |it| it.time.clone()),
-                    to: turn.time.clone(),
-                    why: format!("{count} events were lost"),
-                }),
-                What::Alive(now) | What::Stopped(now) => {
-                    let past = seen.map_or(now.past, |seen| now.past.saturating_sub(seen.past));
-                    if past > 0 {
-                        gaps.push(Gap {
-                            from: before.map_or_else(|| turn.time.clone(), |it| it.time.clone()),
-                            to: turn.time.clone(),
-                            why: format!("{past} connections or packets went past the guard"),
-                        });
+                What::Lost(count) => {
+                    gaps.add(since, &turn.time, format!("{count} events were lost"));
+                }
+                What::Alive(state) | What::Stopped(state) => {
+                    is_leaving = leaving == Some(state.pid);
+                    add_past(state.seen);
+                    for what in &state.unwatched {
+                        gaps.add(since, &turn.time, words(*what).into());
                     }
                 }
             }
-            if turn.what.seen().is_some() {
-                seen = turn.what.seen();
-                before = Some(turn);
+            if let Some(now) = turn.what.seen() {
+                seen = Some(now);
+                match is_leaving {
+                    true => leaving = None,
+                    false => before = Some(turn),
+                }
             }
         }
-        gaps.sort_by(|one, other| one.from.cmp(&other.from));
-        gaps
+        before.map_or("", |turn| turn.time.as_str())
     }
 
     /// Times in which nothing was heard of the host, and should have been.
@@ -256,20 +347,23 @@ impl Host {
         to: Timestamp,
         elastic: bool,
         turns: &[&Turn],
-        gaps: &mut Vec<Gap>,
+        gaps: &mut Gaps,
     ) {
-        let heard = self.minutes();
-        let minute = |time: Timestamp| time.as_second().div_euclid(60);
+        let has_stopped =
+            matches!(turns.last(), Some(turn) if matches!(turn.what, What::Stopped(_)));
         let mut marks = Vec::new();
         if !elastic {
             marks.push(minute(from));
         }
-        marks.extend(heard);
-        if !elastic {
+        marks.extend(self.minutes());
+        if !elastic || !has_stopped {
             marks.push(minute(to));
         }
         for pair in marks.windows(2) {
             let (silent_from, silent_to) = (pair[0], pair[1]);
+            if silent_to - silent_from <= SILENCE {
+                continue;
+            }
             // Between a stop and the next start, that start tells.
             let ends_with_start = turns
                 .iter()
@@ -277,12 +371,9 @@ impl Host {
             let begins_with_stop = turns
                 .iter()
                 .any(|turn| turn.minute == silent_from && matches!(turn.what, What::Stopped(_)));
-            if silent_to - silent_from > SILENCE && !(ends_with_start && begins_with_stop) {
-                gaps.push(Gap {
-                    from: at(silent_from),
-                    to: at(silent_to),
-                    why: "nothing was heard of the guard".into(),
-                });
+            if !(ends_with_start && begins_with_stop) {
+                let why = "nothing was heard of the guard".into();
+                gaps.add(&at(silent_from), &at(silent_to), why);
             }
         }
     }
@@ -299,18 +390,30 @@ impl Host {
 
 /// Why something may have been missed between one turn and the next start; `None` if nothing was.
 fn unwatched(before: &Turn, adopted: bool, counts: Seen) -> Option<String> {
-    let What::Stopped(then) = before.what else {
+    let What::Stopped(State { seen: then, .. }) = &before.what else {
         return Some("the guard ended without a word: its last events may be missing".into());
     };
     if !adopted || counts.redirected < then.redirected {
         return Some("no guard was there".into());
     }
-    match counts.unattended - then.unattended.min(counts.unattended) {
+    match counts.past.saturating_sub(then.past) {
         0 => None,
         count => Some(format!(
-            "{count} connections went past while no guard was there"
+            "{count} connections or packets went past while no guard was there"
         )),
     }
+}
+
+fn words(unwatched: Unwatched) -> &'static str {
+    match unwatched {
+        Unwatched::OtherCgroups => "only one cgroup was watched (--cgroup)",
+        Unwatched::Backstop => "packets that go around the redirect were not watched (backstop)",
+        Unwatched::Perimeter => "packets that are forwarded were not watched (perimeter, uplink)",
+    }
+}
+
+fn minute(time: Timestamp) -> i64 {
+    time.as_second().div_euclid(60)
 }
 
 fn at(minute: i64) -> String {
@@ -319,85 +422,4 @@ fn at(minute: i64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A log of one host: minutes after midnight, and the rest of the event.
-    fn gaps(events: &[(i64, &str)], elastic: bool) -> Vec<String> {
-        let mut coverage = Coverage::default();
-        for (minute, rest) in events {
-            let time =
-                Timestamp::from_second(1_790_000_000 / 86_400 * 86_400 + minute * 60).unwrap();
-            let text = format!(r#"{{"schema":1,"time":"{time:.6}","host":"h",{rest}}}"#);
-            let line: Line<'_> = serde_json::from_str(&text).unwrap();
-            if *minute < 0 {
-                coverage.before(&line);
-            } else {
-                coverage.add(&line);
-            }
-        }
-        let begin = Timestamp::from_second(1_790_000_000 / 86_400 * 86_400).unwrap();
-        let end = Timestamp::from_second(begin.as_second() + 3600).unwrap();
-        let hosts = coverage.judge(begin, end, elastic);
-        hosts[0].gaps.iter().map(|gap| gap.why.clone()).collect()
-    }
-
-    const ALIVE: &str = r#""event":"alive","redirected":5"#;
-    const STOP: &str = r#""event":"stopped","redirected":5,"unattended_bypassed":1"#;
-    const START: &str =
-        r#""event":"started","adopted":true,"counts":{"redirected":6,"unattended_bypassed":1}"#;
-
-    #[test]
-    fn only_what_nobody_may_have_seen_is_a_gap() {
-        let whole = &[
-            (-5, ALIVE),
-            (5, ALIVE),
-            (15, ALIVE),
-            (35, ALIVE),
-            (55, ALIVE),
-        ];
-        assert_eq!(gaps(whole, false), [""; 0]);
-        let restarted = &[(-5, ALIVE), (5, ALIVE), (15, STOP), (50, START)];
-        assert_eq!(
-            gaps(restarted, false),
-            [""; 0],
-            "the kernel programs stayed"
-        );
-        let silent = "nothing was heard of the guard";
-        assert_eq!(
-            gaps(&[(5, ALIVE), (15, ALIVE), (50, ALIVE)], false),
-            [silent]
-        );
-        assert_eq!(
-            gaps(&[(40, ALIVE), (50, ALIVE)], false),
-            [silent],
-            "it began late"
-        );
-        assert_eq!(gaps(&[(40, ALIVE), (50, ALIVE)], true), [""; 0]);
-        let detached = r#""event":"started","adopted":false"#;
-        assert_eq!(
-            gaps(&[(5, STOP), (6, detached), (20, ALIVE), (40, ALIVE)], false),
-            ["no guard was there"]
-        );
-        let past =
-            r#""event":"started","adopted":true,"counts":{"redirected":6,"unattended_bypassed":4}"#;
-        assert_eq!(
-            gaps(&[(5, STOP), (6, past), (20, ALIVE), (40, ALIVE)], false),
-            ["3 connections went past while no guard was there"]
-        );
-        assert_eq!(
-            gaps(&[(5, ALIVE), (6, START), (20, ALIVE), (40, ALIVE)], false),
-            ["the guard ended without a word: its last events may be missing"]
-        );
-        let lost = r#""event":"events_lost","count":7"#;
-        assert_eq!(
-            gaps(&[(5, ALIVE), (20, lost), (40, ALIVE)], false),
-            ["7 events were lost"]
-        );
-        let around = r#""event":"alive","redirected":9,"bypassed":2"#;
-        assert_eq!(
-            gaps(&[(5, ALIVE), (20, around), (40, around)], false),
-            ["2 connections or packets went past the guard"]
-        );
-    }
-}
+mod tests;

@@ -128,10 +128,7 @@ pub fn cgroup(asked_for: Option<&Path>) -> Result<PathBuf, Failure> {
         };
     }
     let root = cgroup2_mount()?;
-    let inode = fs::metadata(&root)
-        .map(|meta| meta.ino())
-        .unwrap_or_default();
-    if inode == ROOT_INODE {
+    if is_host_root(&root) {
         Ok(root)
     } else {
         Err(Failure::Cgroup(format!(
@@ -141,6 +138,12 @@ pub fn cgroup(asked_for: Option<&Path>) -> Result<PathBuf, Failure> {
             root.display()
         )))
     }
+}
+
+/// Whether a cgroup is the host's root, which all processes are below.
+#[must_use]
+pub fn is_host_root(cgroup: &Path) -> bool {
+    fs::metadata(cgroup).is_ok_and(|meta| meta.ino() == ROOT_INODE)
 }
 
 fn is_cgroup2(path: &Path) -> bool {

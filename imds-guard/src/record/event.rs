@@ -324,6 +324,21 @@ pub struct Started {
     /// What they had counted by then.
     #[serde(default)]
     pub counts: Counts,
+    /// The guard that it took over from while that was still running, by process id.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub took_over_from: Option<u32>,
+}
+
+/// What the guard was told not to watch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Unwatched {
+    /// Processes outside of the cgroup that it was given.
+    OtherCgroups,
+    /// Packets that go around the redirect (`backstop`).
+    Backstop,
+    /// Packets that leave through an uplink, as those of virtual machines (`perimeter`).
+    Perimeter,
 }
 
 /// What is in force from now on.
@@ -388,13 +403,19 @@ pub struct RuleExpired {
 }
 
 /// What has happened while the guard was running.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Stopped {
     /// What the kernel programs did.
     #[serde(flatten)]
     pub counts: Counts,
     /// Events lost over the whole run.
     pub events_lost: u64,
+    /// Its process id.
+    #[serde(default)]
+    pub pid: u32,
+    /// What it does not watch; empty on a host that is wholly watched.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub unwatched: Vec<Unwatched>,
 }
 
 /// What the kernel programs did since they were first attached.

@@ -10,7 +10,7 @@ mod words;
 pub use event::{
     ALIVE, AnsweredBy, By, Chain, Change, ConnectionRefusal, Counts, Endpoint, Event, Folded, Kind,
     Latency, Layer, Packet, PolicyChange, RefusedConnection, Request, RuleExpired, SCHEMA_VERSION,
-    Started, Stopped, UpstreamFailure, UpstreamFailureKind,
+    Started, Stopped, Unwatched, UpstreamFailure, UpstreamFailureKind,
 };
 pub use metrics::Metrics;
 pub use sink::{Lines, Recorder, Writer};

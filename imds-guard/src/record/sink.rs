@@ -280,6 +280,7 @@ mod tests {
                 uplinks: Vec::new(),
                 adopted: false,
                 counts: crate::record::Counts::default(),
+                took_over_from: None,
             })
         };
         recorder.record(megabyte());

@@ -30,7 +30,7 @@ use crate::{
     kernel::{Charge, Control, Counters, Heartbeat, Kernel, Maps, Packets, Pins, probe},
     net::Addresses,
     proxy::{Acceptor, Backlog, Fallbacks, Proxy, Rates, Upstream, adopt, listen},
-    record::{ALIVE, Counts, Kind, Recorder, Started, Stopped, Tally},
+    record::{ALIVE, Counts, Kind, Recorder, Started, Stopped, Tally, Unwatched},
     tokens::Tokens,
 };
 use files::FileWatch;
@@ -270,7 +270,7 @@ impl Guard<'_> {
         let adopted = self.pins.links().iter().any(|name| name == "connect4");
         let before = counters.read();
         self.kernel.attach(self.cgroup, self.pins)?;
-        let guarded = uplinks.follow(&mut self.kernel, self.pins).await;
+        let mut guarded = uplinks.follow(&mut self.kernel, self.pins).await;
         let mut files = FileWatch::start(&self.steering.layers().file);
         let (sender, mut orders) = mpsc::channel(ORDERS);
         let server = self.open_desk(&tally, &counters, sender);
@@ -287,7 +287,7 @@ impl Guard<'_> {
             ),
             None => None,
         };
-        self.announce(names, guarded, (adopted, before));
+        self.announce(names, guarded.clone(), (adopted, before), takes_over_from);
         self.steering.notice_expiry();
         handover::tell_systemd(NotifyState::Ready);
 
@@ -301,7 +301,9 @@ impl Guard<'_> {
         let mut alive = tokio::time::interval_at(tokio::time::Instant::now() + ALIVE, ALIVE);
         loop {
             tokio::select! {
-                _ = alive.tick() => self.recorder.record(Kind::Alive(self.has_seen(&counters))),
+                _ = alive.tick() => {
+                    self.recorder.record(Kind::Alive(self.has_seen(&counters, &guarded)));
+                }
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
                 _ = hangup.recv() => self.reload(&mut control),
@@ -313,7 +315,7 @@ impl Guard<'_> {
                     }
                 }
                 () = uplinks.changed() => {
-                    uplinks.follow(&mut self.kernel, self.pins).await;
+                    guarded = uplinks.follow(&mut self.kernel, self.pins).await;
                 }
                 seen = packets.next(|packet| {
                     let packet = watch::describe(packet, &self.resolver);
@@ -331,15 +333,23 @@ impl Guard<'_> {
             .stop(acceptor, heartbeat, &control, &uplinks, stored)
             .await?;
         self.recorder
-            .record(Kind::Stopped(self.has_seen(&counters)));
+            .record(Kind::Stopped(self.has_seen(&counters, &guarded)));
         Ok(ended)
     }
 
     /// What has happened up to now.
-    fn has_seen(&self, counters: &Counters) -> Stopped {
+    fn has_seen(&self, counters: &Counters, uplinks: &[String]) -> Stopped {
+        let watched = [
+            (Unwatched::OtherCgroups, probe::is_host_root(self.cgroup)),
+            (Unwatched::Backstop, self.steering.settings().backstop),
+            (Unwatched::Perimeter, !uplinks.is_empty()),
+        ];
+        let unwatched = watched.into_iter().filter(|(_, is_watched)| !is_watched);
         Stopped {
             counts: counters.read(),
             events_lost: self.recorder.lost(),
+            pid: std::process::id(),
+            unwatched: unwatched.map(|(what, _)| what).collect(),
         }
     }
 
@@ -393,6 +403,7 @@ impl Guard<'_> {
         listeners: Vec<String>,
         uplinks: Vec<String>,
         (adopted, counts): (bool, Counts),
+        took_over_from: Option<u32>,
     ) {
         let settings = self.settings;
         let mode = settings.policy.mode;
@@ -413,6 +424,7 @@ impl Guard<'_> {
             uplinks,
             adopted,
             counts,
+            took_over_from,
         }));
     }
 

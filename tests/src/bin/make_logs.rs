@@ -137,6 +137,8 @@ fn write_host(plan: &Plan, programs: &[Program], number: u64) -> anyhow::Result<
                 ..Counts::default()
             },
             events_lost: 0,
+            pid: 412,
+            unwatched: Vec::new(),
         };
         write(&mut out, &host, time, Kind::Alive(seen))?;
         if turn == turns / 2 {
@@ -185,6 +187,7 @@ fn started() -> Started {
         uplinks: vec!["ens5".into()],
         adopted: false,
         counts: Counts::default(),
+        took_over_from: None,
     }
 }
 
