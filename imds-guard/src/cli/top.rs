@@ -15,6 +15,7 @@ use std::{
 use anyhow::Context as _;
 use clap::Args;
 use crossterm::event::{self, Event as Input, KeyCode, KeyEventKind, KeyModifiers};
+use serde::Deserialize;
 
 use crate::{
     config::RUN_DIR,
@@ -60,16 +61,27 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
     ended.map(|()| ExitCode::SUCCESS)
 }
 
-fn listen(arguments: &Arguments) -> Result<Receiver<Event>, Failure> {
+/// What the guard says unasked.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Heard {
+    /// So many events came too fast for this program.
+    Missed {
+        missed: u64,
+    },
+    Event(Box<Event>),
+}
+
+fn listen(arguments: &Arguments) -> Result<Receiver<Heard>, Failure> {
     let mut client = Client::required(&arguments.run_dir)?;
     let _empty: serde_json::Value = client.ask(Request::Events)?;
     let (sender, events) = sync_channel(WAITING);
     thread::spawn(move || {
         while let Ok(Some(line)) = client.line() {
-            let Ok(event) = serde_json::from_str(&line) else {
+            let Ok(heard) = serde_json::from_str(&line) else {
                 continue;
             };
-            if sender.send(event).is_err() {
+            if sender.send(heard).is_err() {
                 return;
             }
         }
@@ -80,26 +92,19 @@ fn listen(arguments: &Arguments) -> Result<Receiver<Event>, Failure> {
 fn run(
     terminal: &mut ratatui::DefaultTerminal,
     client: &mut Client,
-    events: &Receiver<Event>,
+    events: &Receiver<Heard>,
 ) -> Result<(), Failure> {
     let mut seen = Seen::new(Instant::now());
     let mut status: Status = client.ask(Request::Status)?;
     let mut asked = Instant::now();
     let mut is_paused = false;
     loop {
-        let is_gone = loop {
-            match events.try_recv() {
-                Ok(event) if !is_paused => seen.add(&event, Instant::now()),
-                Ok(_) => {}
-                Err(TryRecvError::Empty) => break false,
-                Err(TryRecvError::Disconnected) => break true,
+        // What comes during a pause waits, or is told of as missed.
+        if !is_paused {
+            take(events, &mut seen)?;
+            if asked.elapsed() > ASK {
+                (status, asked) = (client.ask(Request::Status)?, Instant::now());
             }
-        };
-        if is_gone {
-            return Err(Failure::Settings("the guard has ended".into()));
-        }
-        if asked.elapsed() > ASK {
-            (status, asked) = (client.ask(Request::Status)?, Instant::now());
         }
         seen.age(Instant::now());
         terminal
@@ -122,6 +127,20 @@ fn run(
             KeyCode::Char('d') => seen.order = Order::Denied,
             KeyCode::Char('n') => seen.order = Order::Name,
             _ => {}
+        }
+    }
+}
+
+/// Takes all that waits into account.
+fn take(events: &Receiver<Heard>, seen: &mut Seen) -> Result<(), Failure> {
+    loop {
+        match events.try_recv() {
+            Ok(Heard::Event(event)) => seen.add(&event, Instant::now()),
+            Ok(Heard::Missed { missed }) => seen.missed += missed,
+            Err(TryRecvError::Empty) => return Ok(()),
+            Err(TryRecvError::Disconnected) => {
+                return Err(Failure::Settings("the guard has ended".into()));
+            }
         }
     }
 }

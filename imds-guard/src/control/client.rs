@@ -4,6 +4,7 @@ use std::{
     io::{BufRead as _, BufReader, ErrorKind, Write as _},
     os::unix::net::UnixStream,
     path::Path,
+    time::Duration,
 };
 
 use anyhow::{Context as _, anyhow};
@@ -11,6 +12,9 @@ use serde::de::DeserializeOwned;
 
 use super::{Call, Reply, Request, SOCKET, VERSION};
 use crate::failure::Failure;
+
+/// How long a guard may take to answer: it may be stopped, or its host out of memory.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A connection to a guard.
 pub struct Client(BufReader<UnixStream>);
@@ -57,11 +61,18 @@ impl Client {
         })
         .map_err(anyhow::Error::from)?;
         line.push(b'\n');
-        self.0
-            .get_mut()
-            .write_all(&line)
+        let stream = self.0.get_mut();
+        let patience = stream.set_read_timeout(Some(PATIENCE));
+        patience
+            .and_then(|()| stream.set_write_timeout(Some(PATIENCE)))
+            .and_then(|()| stream.write_all(&line))
             .context("the guard does not listen")?;
         let answer = self.line()?.ok_or_else(|| anyhow!("the guard hangs up"))?;
+        // Events may be long in coming.
+        self.0
+            .get_ref()
+            .set_read_timeout(None)
+            .context("the guard hangs up")?;
         let reply: Reply = serde_json::from_str(&answer).context("the guard's answer")?;
         match (reply.ok, reply.error) {
             (Some(ok), _) => Ok(serde_json::from_value(ok).context("the guard's answer")?),
@@ -76,7 +87,13 @@ impl Client {
     /// The connection breaks.
     pub fn line(&mut self) -> Result<Option<String>, Failure> {
         let mut line = String::new();
-        let read = self.0.read_line(&mut line).context("the guard hangs up")?;
+        let read = self
+            .0
+            .read_line(&mut line)
+            .map_err(|error| match error.kind() {
+                ErrorKind::WouldBlock => anyhow!("the guard does not answer within {PATIENCE:?}"),
+                _ => anyhow!("the guard hangs up: {error}"),
+            })?;
         Ok((read > 0).then_some(line))
     }
 }

@@ -30,8 +30,13 @@ pub fn draw(frame: &mut Frame<'_>, seen: &Seen, status: &Status, is_paused: bool
     frame.render_widget(self::callers(seen), callers);
     frame.render_widget(self::refusals(seen), refusals);
     let state = if is_paused { "paused  " } else { "" };
+    let missed = match seen.missed {
+        0 => String::new(),
+        missed => format!("{missed} missed here  "),
+    };
     let keys = Line::from(vec![
         Span::styled(state, V1),
+        Span::styled(missed, DENIED),
         Span::styled("sort: v1 rate denied name   pause   quit", QUIET),
     ]);
     frame.render_widget(keys, foot);
@@ -80,6 +85,7 @@ fn callers(seen: &Seen) -> Table<'static> {
         title("V1", Order::V1),
         Cell::from("V2"),
         Cell::from("TOKENS"),
+        Cell::from("MARKED"),
         title("DENIED", Order::Denied),
         title("RATE/S", Order::Rate),
         title("CALLER", Order::Name),
@@ -94,12 +100,14 @@ fn callers(seen: &Seen) -> Table<'static> {
             number(row.v1, V1),
             number(row.v2, Style::new()),
             number(row.token, Style::new()),
+            number(row.marked, V1),
             number(row.denied, DENIED),
             Cell::from(format!("{:>7.1}", row.rate)),
             Cell::from(plain(&row.name)),
         ])
     });
     let widths = [
+        Constraint::Length(7),
         Constraint::Length(7),
         Constraint::Length(7),
         Constraint::Length(7),

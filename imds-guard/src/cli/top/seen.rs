@@ -21,6 +21,8 @@ const WINDOW: Duration = Duration::from_secs(5);
 pub struct Seen {
     /// How callers are sorted.
     pub order: Order,
+    /// Events that came too fast.
+    pub missed: u64,
     callers: HashMap<String, Row>,
     refusals: VecDeque<String>,
     since: Instant,
@@ -43,6 +45,8 @@ pub struct Row {
     pub v1: u64,
     pub v2: u64,
     pub token: u64,
+    /// Let through, but not because it is IMDSv2 as it should be: in audit mode, or carried over by a rule.
+    pub marked: u64,
     pub denied: u64,
     /// Calls a second.
     pub rate: f64,
@@ -54,6 +58,7 @@ impl Seen {
     pub fn new(now: Instant) -> Self {
         Self {
             order: Order::V1,
+            missed: 0,
             callers: HashMap::new(),
             refusals: VecDeque::new(),
             since: now,
@@ -84,6 +89,7 @@ impl Seen {
             v1: 0,
             v2: 0,
             token: 0,
+            marked: 0,
             denied: 0,
             rate: 0.0,
             recent: 0,
@@ -95,7 +101,11 @@ impl Seen {
             Some(Imds::Token) => row.token += 1,
             None => {}
         }
-        row.denied += u64::from(request.verdict == Verdict::Deny);
+        match request.verdict {
+            Verdict::Allow => {}
+            Verdict::Audit | Verdict::Upgrade => row.marked += 1,
+            Verdict::Deny => row.denied += 1,
+        }
         row.recent += 1;
         row.last = now;
     }
