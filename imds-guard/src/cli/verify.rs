@@ -7,6 +7,7 @@ use clap::Args;
 use super::history::Source;
 use crate::{
     failure::Failure,
+    forensics::Log,
     record::output::{Broken, Verified},
 };
 
@@ -29,37 +30,50 @@ pub struct Arguments {
     last: Option<String>,
 }
 
-/// Prints whether the chain holds.
+/// Prints whether the chain holds, of each log.
 pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let mut is_known = arguments.last.is_none();
+    let mut is_whole = true;
+    for log in arguments.source.logs(None)?.iter() {
+        is_whole &= verify(log, arguments.last.as_deref(), &mut is_known)?;
+    }
+    if !is_known {
+        let wanted = arguments.last.as_deref().unwrap_or_default();
+        println!("the line {wanted} is not there: the log was cut, or made anew");
+    }
+    Ok(match is_whole && is_known {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// Checks one log. Whether a line is in it that must be in one is noted in `is_known`.
+fn verify(log: &Log, wanted: Option<&str>, is_known: &mut bool) -> Result<bool, Failure> {
     let mut verified = Verified::default();
     let mut broken = None;
     let (mut before, mut lines) = (0_u64, 0_u64);
-    let mut is_known = arguments.last.is_none();
-    arguments
-        .source
-        .logs()?
-        .each_line(|file, number, line| {
-            if broken.is_some() {
-                return;
+    log.each_line(|file, number, line| {
+        if broken.is_some() {
+            return;
+        }
+        match verified.add(line) {
+            Ok(()) => {
+                lines += 1;
+                *is_known = *is_known || wanted == name(&verified).as_deref();
             }
-            match verified.add(line) {
-                Ok(()) => {
-                    lines += 1;
-                    is_known = is_known || (arguments.last == name(&verified));
-                }
-                // From before the log was chained.
-                Err(Broken::Unchained) if verified.first().is_none() => before += 1,
-                Err(why) => broken = Some((file.display().to_string(), number, why)),
-            }
-        })
-        .map_err(anyhow::Error::from)?;
+            // From before the log was chained.
+            Err(Broken::Unchained) if verified.first().is_none() => before += 1,
+            Err(why) => broken = Some((file.display().to_string(), number, why)),
+        }
+    })
+    .map_err(anyhow::Error::from)?;
     if let Some((file, number, why)) = broken {
         println!("{file}:{number}: {}", words(&why));
-        return Ok(ExitCode::FAILURE);
+        return Ok(false);
     }
     let (Some(first), Some(last)) = (verified.first(), name(&verified)) else {
         println!("no line is chained: switch it on with events-chain");
-        return Ok(ExitCode::FAILURE);
+        return Ok(false);
     };
     if before > 0 {
         println!("{before} lines come before the chain, and are not checked");
@@ -67,13 +81,10 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if first > 0 {
         println!("lines before number {first} were rotated away");
     }
-    if !is_known {
-        let wanted = arguments.last.as_deref().unwrap_or_default();
-        println!("the line {wanted} is not there: the log was cut, or made anew");
-        return Ok(ExitCode::FAILURE);
-    }
-    println!("{lines} lines are as they were written; the last is {last}");
-    Ok(ExitCode::SUCCESS)
+    println!(
+        "{lines} lines are as they were written; the last, for which only --last can vouch, is {last}"
+    );
+    Ok(true)
 }
 
 fn name(verified: &Verified) -> Option<String> {
@@ -92,6 +103,9 @@ fn words(broken: &Broken) -> String {
         }
         Broken::Reordered { seq, expected } => {
             format!("this is line {seq} where {expected} should be: it was moved or doubled")
+        }
+        Broken::Beginning => {
+            "the chain does not begin with this line: those before it were altered, or taken out of it".into()
         }
         Broken::AlteredBefore { seq } => format!("line {seq}, before this one, was altered"),
     }

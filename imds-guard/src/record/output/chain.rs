@@ -44,6 +44,9 @@ pub enum Broken {
         /// The number that should be here.
         expected: u64,
     },
+    /// It is the first of the chain, and not tied to the lines before the chain: these have lost their
+    /// places in it, or were altered.
+    Beginning,
     /// The line before it is not the one that was written.
     AlteredBefore {
         /// The number of the altered line.
@@ -56,6 +59,8 @@ pub enum Broken {
 pub struct Verified {
     first: Option<u64>,
     last: Option<Links>,
+    /// Hash of the last line before the chain, which is tied to it.
+    before: Option<[u8; 32]>,
 }
 
 #[derive(Deserialize)]
@@ -121,6 +126,7 @@ impl Verified {
     /// It does not follow from the one before.
     pub fn add(&mut self, line: &[u8]) -> Result<(), Broken> {
         let Some(chain) = place(line) else {
+            self.before = Some(Sha256::digest(line).into());
             return Err(Broken::Unchained);
         };
         if let Some(last) = &self.last {
@@ -139,9 +145,10 @@ impl Verified {
                     seq: expected.saturating_sub(1),
                 });
             }
-        } else if chain.seq == 0 && chain.prev != hex(&FIRST) {
-            // Tied to a line from before the chain, which is not here.
-            log::debug!("the chain was begun in a log that had lines already");
+        } else if let Some(before) = &self.before
+            && (chain.seq > 0 || chain.prev != hex(before))
+        {
+            return Err(Broken::Beginning);
         }
         self.first.get_or_insert(chain.seq);
         self.last = Some(Links {
@@ -240,6 +247,29 @@ mod tests {
         let mut foreign = whole.clone();
         foreign.insert(1, b"{\"n\":9}".to_vec());
         assert_eq!(verify(&foreign), Err((1, Broken::Unchained)));
+    }
+
+    #[test]
+    fn lines_cannot_be_taken_out_of_a_chain_at_its_beginning() {
+        let unchained: &[u8] = b"{\"n\":-1}";
+        let mut chain = Chained::after(Some(unchained));
+        let mut out = Vec::new();
+        for number in 0..3 {
+            chain.link(format!("{{\"n\":{number}}}\n").as_bytes(), &mut out);
+        }
+        let lines: Vec<_> = out.trim_ascii_end().split(|it| *it == b'\n').collect();
+        let verify = |before: &[u8], lines: &[&[u8]]| {
+            let mut verified = Verified::default();
+            assert_eq!(verified.add(before), Err(Broken::Unchained));
+            lines.iter().try_for_each(|line| verified.add(line))
+        };
+        assert_eq!(verify(unchained, &lines), Ok(()));
+        assert_eq!(verify(b"{\"n\":-2}", &lines), Err(Broken::Beginning));
+        assert_eq!(
+            verify(b"{\"n\":0}", &lines[1..]),
+            Err(Broken::Beginning),
+            "the first was altered, and has lost its place"
+        );
     }
 
     #[test]
