@@ -47,8 +47,8 @@ impl Source {
         mut tell: impl FnMut(&str, Event),
     ) -> Result<(), Failure> {
         let mut skipped = 0_u64;
-        self.logs()?
-            .each_line(|_, _, line| {
+        for log in self.logs(since)?.iter() {
+            log.each_line(|_, _, line| {
                 let text = String::from_utf8_lossy(line);
                 match serde_json::from_str::<Event>(&text) {
                     Ok(event) if is_since(&event, since) => tell(&text, event),
@@ -57,15 +57,16 @@ impl Source {
                 }
             })
             .map_err(anyhow::Error::from)?;
+        }
         if skipped > 0 {
             log::warn!("{skipped} lines are no events, and were skipped");
         }
         Ok(())
     }
 
-    /// The logs, with what was put away.
-    pub fn logs(&self) -> Result<Logs, Failure> {
-        Ok(Logs::at(&self.paths()?).map_err(anyhow::Error::from)?)
+    /// The logs, with what was put away since a time.
+    pub fn logs(&self, since: Option<Timestamp>) -> Result<Logs, Failure> {
+        Ok(Logs::at(&self.paths()?, since).map_err(anyhow::Error::from)?)
     }
 
     fn paths(&self) -> Result<Vec<PathBuf>, Failure> {

@@ -99,10 +99,10 @@ impl LogArguments {
     /// The same, from some time on.
     pub fn read_since(&self, since: Option<Timestamp>) -> Result<Summary, Failure> {
         let places = self.places()?;
-        let logs = Logs::at(&places).map_err(anyhow::Error::from)?;
-        if logs.files().is_empty() {
+        let logs = Logs::at(&places, since).map_err(anyhow::Error::from)?;
+        if logs.is_empty() {
             return Err(Failure::Settings(format!(
-                "there are no event logs (*.jsonl, *.zst) in {}",
+                "there are no event logs (*.jsonl, *.jsonl.*.zst) in {}",
                 places[0].display()
             )));
         }

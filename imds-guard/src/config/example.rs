@@ -16,7 +16,7 @@ const WITHOUT_DEFAULT: [(&str, &str); 15] = [
     ("uplink", "[\"ens5\"]"),
     ("upstream", "[\"169.254.169.254:80\"]"),
     ("events", "\"/var/log/imds-guard/events.jsonl\""),
-    ("ocsf", "\"/var/log/imds-guard/ocsf.jsonl\""),
+    ("ocsf", "\"/var/log/imds-guard/ocsf.json\""),
     ("emf", "\"-\""),
     ("journald", "\"/run/systemd/journal/socket\""),
     ("otlp", "\"http://127.0.0.1:4318\""),

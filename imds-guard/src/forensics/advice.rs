@@ -70,8 +70,9 @@ pub fn advise<'a>(agents: impl IntoIterator<Item = &'a str>, fallback: bool) -> 
         return Advice {
             tool: None,
             needs: None,
-            text: "it asks for a session token first and is refused: look at the hop limit \
-                   (HttpPutResponseHopLimit, 2 for containers)"
+            text: "it asks for a session token first and is refused: the reason is in the event of that \
+                   request (hop_limit: let this one container reach further with a rule; forwarded: no \
+                   proxy in between; token_ttl: send a TTL of 1 to 21600)"
                 .into(),
         };
     }
@@ -172,7 +173,7 @@ mod tests {
         }
         assert_eq!(advise(["curl/8.5.0"], false).tool.as_deref(), Some("curl"));
         assert_eq!(advise(["x"], false).tool, None);
-        assert!(advise(["curl/8"], true).text.contains("HopLimit"));
+        assert!(advise(["curl/8"], true).text.contains("hop_limit"));
         assert_eq!(
             advise(["curl/8", "Boto3/1.9.0"], false).needs.as_deref(),
             Some("1.12.6"),

@@ -43,7 +43,7 @@ impl Identity {
             key.push_str(text);
             key.push('\0');
         };
-        match text(&caller.exe) {
+        match program(caller) {
             Some(exe) => part(exe),
             None => {
                 part("");
@@ -72,7 +72,7 @@ impl Identity {
         let pod = caller.pod.as_ref();
         let unit = text(&caller.systemd_unit).filter(|_| caller.container_id.is_none());
         Self {
-            program: match text(&caller.exe) {
+            program: match program(caller) {
                 Some(exe) => owned(exe),
                 None => format!("({})", caller.comm.as_str()),
             },
@@ -116,6 +116,11 @@ impl Identity {
             (None, None) => String::new(),
         }
     }
+}
+
+/// The running program; the same before and after its file was replaced, as by an update.
+fn program<'a>(caller: &'a line::Caller<'_>) -> Option<&'a str> {
+    text(&caller.exe).map(|exe| exe.strip_suffix(" (deleted)").unwrap_or(exe))
 }
 
 /// Whether something tells where a caller belongs, beside its user.

@@ -12,5 +12,5 @@ pub use advice::{Advice, advise};
 pub use coverage::{Coverage, Gap, HostCoverage};
 pub use identity::Identity;
 use line::{Lifecycle, Line};
-pub use read::{Logs, Progress, read};
+pub use read::{Log, Logs, Progress, read};
 pub use summary::{Caller, Calls, Summary, Wanted};

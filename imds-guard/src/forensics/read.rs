@@ -1,8 +1,9 @@
 //! Reads logs of any size: one thread takes them apart into blocks of whole lines, others read these.
 
 use std::{
-    fs,
-    io::{self, BufRead, Read},
+    collections::{BTreeSet, HashSet},
+    fs::{self, File},
+    io::{self, BufRead as _, BufReader, Read},
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, SyncSender, sync_channel},
     sync::{
@@ -12,8 +13,16 @@ use std::{
     thread,
 };
 
+use jiff::Timestamp;
+use serde::de::IgnoredAny;
+
 use super::{Line, Summary};
 use crate::record::output;
+
+/// How names of logs end, in folders.
+const SUFFIX: &str = ".jsonl";
+/// How they end once they are compressed.
+const COMPRESSED: &str = ".zst";
 
 /// Bytes in a block, more or less.
 const BLOCK: usize = 1024 * 1024;
@@ -22,10 +31,18 @@ const MAX_LINE: usize = 4 * 1024 * 1024;
 /// Blocks that may wait for a thread.
 const WAITING: usize = 4;
 
-/// The files of logs, in the order they were written.
+/// Logs, each with what it has put away.
 #[derive(Clone, Debug, Default)]
 pub struct Logs {
-    files: Vec<PathBuf>,
+    logs: Vec<Log>,
+}
+
+/// A log. What it has put away lies beside it, under names that begin with its own.
+#[derive(Clone, Debug)]
+pub struct Log {
+    path: PathBuf,
+    /// What was put away before is not wanted, but for the last file.
+    since: Option<String>,
 }
 
 /// How far reading has come.
@@ -43,100 +60,181 @@ impl Progress {
 }
 
 impl Logs {
-    /// The logs at these places: folders with all that is in them, and files with the older ones that
-    /// were put away beside them.
+    /// The logs at these places: files, and folders with all that is in them. What was put away so long
+    /// before a time that no line of that time can be in it is left out, but for one file: what came last
+    /// before that time is in it.
     ///
     /// # Errors
     /// A place is not there, or cannot be read.
-    pub fn at(places: &[PathBuf]) -> io::Result<Self> {
-        let mut files = Vec::new();
+    pub fn at(places: &[PathBuf], since: Option<Timestamp>) -> io::Result<Self> {
+        let mut paths = Vec::new();
         for place in places {
-            let named = |error: io::Error| {
-                io::Error::new(error.kind(), format!("{}: {error}", place.display()))
-            };
+            let named = |error: io::Error| named(place, &error);
             if fs::metadata(place).map_err(named)?.is_dir() {
-                within(place, &mut files).map_err(named)?;
+                within(place, &mut paths).map_err(named)?;
             } else {
-                add_log(place, &mut files);
+                paths.push(place.clone());
             }
         }
-        let mut known = std::collections::HashSet::new();
-        files.retain(|file| known.insert(file.clone()));
-        Ok(Self { files })
+        let mut known = HashSet::new();
+        paths.retain(|path| known.insert(path.clone()));
+        let since = since.map(output::in_names);
+        let log = |path| Log {
+            path,
+            since: since.clone(),
+        };
+        Ok(Self {
+            logs: paths.into_iter().map(log).collect(),
+        })
     }
 
-    /// The files.
+    /// Each of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Log> {
+        self.logs.iter()
+    }
+
+    /// Whether there is none.
     #[must_use]
-    pub fn files(&self) -> &[PathBuf] {
-        &self.files
+    pub fn is_empty(&self) -> bool {
+        self.logs.is_empty()
     }
 
-    /// Bytes in all of them, as they are on disk.
+    /// Bytes in all files, as they are on disk.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        let sizes = self.files.iter().filter_map(|file| fs::metadata(file).ok());
-        sizes.map(|it| it.len()).sum()
+        let older = self.logs.iter().flat_map(Log::older);
+        let files = older.chain(self.logs.iter().map(|log| log.path.clone()));
+        files
+            .filter_map(|file| Some(fs::metadata(file).ok()?.len()))
+            .sum()
     }
+}
 
-    /// Tells each line, without its line end, in order.
+impl Log {
+    /// Tells each line, without its line end, in order: the file that it is in, its number there, and the line.
     ///
     /// # Errors
     /// A file cannot be read.
     pub fn each_line(&self, mut tell: impl FnMut(&Path, u64, &[u8])) -> io::Result<()> {
-        for file in &self.files {
-            let named = |error: io::Error| {
-                io::Error::new(error.kind(), format!("{}: {error}", file.display()))
-            };
-            let mut reader = output::read(file).map_err(named)?;
+        self.each_file(|path, file| {
+            let mut reader = BufReader::with_capacity(BLOCK, plain(path, file)?);
             let mut line = Vec::new();
             for number in 1.. {
                 line.clear();
                 let mut limited = (&mut reader).take(MAX_LINE as u64);
-                if limited.read_until(b'\n', &mut line).map_err(named)? == 0 {
+                if limited.read_until(b'\n', &mut line)? == 0 {
                     break;
                 }
-                tell(file, number, line.strip_suffix(b"\n").unwrap_or(&line));
+                match line.strip_suffix(b"\n") {
+                    Some(line) => tell(path, number, line),
+                    None if is_half(&line) => {}
+                    None => tell(path, number, &line),
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Tells each file, the oldest first.
+    fn each_file(&self, mut tell: impl FnMut(&Path, File) -> io::Result<()>) -> io::Result<()> {
+        // First: what is put away from now on is this file still, and what was before is found beside it.
+        let current = open(&self.path)?;
+        for mut path in self.older() {
+            let mut file = open(&path)?;
+            if file.is_none() {
+                path.as_mut_os_string().push(COMPRESSED);
+                file = open(&path)?;
+            }
+            match file {
+                Some(file) => tell(&path, file).map_err(|error| named(&path, &error))?,
+                None => log::warn!("{} was removed meanwhile", path.display()),
             }
         }
-        Ok(())
+        match current {
+            Some(file) => tell(&self.path, file).map_err(|error| named(&self.path, &error)),
+            None => Ok(()),
+        }
+    }
+
+    /// The files that were put away, the oldest first.
+    fn older(&self) -> Vec<PathBuf> {
+        let name = self.path.file_name().and_then(|name| name.to_str());
+        let (Some(folder), Some(name)) = (self.path.parent(), name) else {
+            return Vec::new();
+        };
+        let folder = match folder.as_os_str().is_empty() {
+            true => Path::new("."),
+            false => folder,
+        };
+        let mut files = output::segments(folder, name);
+        if let Some(since) = &self.since {
+            let until = |file: &Path| {
+                let file = file.file_name()?.to_str()?;
+                Some(output::until(file, name)? < since.as_str())
+            };
+            let before = files.iter().take_while(|file| until(file) == Some(true));
+            files.drain(..before.count().saturating_sub(1));
+        }
+        files
     }
 }
 
 /// All logs in a folder and below.
-fn within(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
-    let mut entries: Vec<_> = fs::read_dir(folder)?.collect::<Result<_, _>>()?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let (kind, path) = (entry.file_type()?, entry.path());
-        if kind.is_dir() {
-            within(&path, files)?;
-            continue;
-        }
+fn within(folder: &Path, logs: &mut Vec<PathBuf>) -> io::Result<()> {
+    // In the order of their names, and those once that have put away several files.
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let is_hidden = name.starts_with('.');
-        if is_hidden || name.ends_with(".unfinished") {
+        if entry.file_type()?.is_dir() {
+            found.insert((name, true));
             continue;
         }
-        // A log comes after what it has put away, which sorts behind it.
-        if name.ends_with(".jsonl") {
-            add_log(&path, files);
-        } else if name.contains(".jsonl.") || name.ends_with(".zst") {
-            files.push(path);
+        if name.starts_with('.') || name.ends_with(".unfinished") {
+            continue;
+        }
+        if name.ends_with(SUFFIX) {
+            found.insert((name, false));
+        } else if let Some((before, _)) = name.split_once(".jsonl.") {
+            let log = format!("{before}{SUFFIX}");
+            let is_put_away = output::until(&name, &log).is_some();
+            found.insert((if is_put_away { log } else { name }, false));
+        }
+    }
+    for (name, is_folder) in found {
+        let path = folder.join(name);
+        match is_folder {
+            true => within(&path, logs)?,
+            false => logs.push(path),
         }
     }
     Ok(())
 }
 
-fn add_log(log: &Path, files: &mut Vec<PathBuf>) {
-    if let (Some(folder), Some(name)) = (log.parent(), log.file_name().and_then(|it| it.to_str())) {
-        let folder = if folder.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            folder
-        };
-        files.extend(output::segments(folder, name));
+/// `None` if it is not there.
+fn open(path: &Path) -> io::Result<Option<File>> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(named(path, &error)),
     }
-    files.push(log.to_owned());
+}
+
+/// What is in a file, compressed or not.
+fn plain<'a>(path: &Path, file: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
+    Ok(match path.extension() {
+        Some(extension) if extension == "zst" => Box::new(zstd::Decoder::new(file)?),
+        _ => Box::new(file),
+    })
+}
+
+/// Whether the end of a file is a line that is just being written, or that a crash has cut off.
+fn is_half(line: &[u8]) -> bool {
+    serde_json::from_slice::<IgnoredAny>(line).is_err()
+}
+
+fn named(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 /// Reads all logs into a summary, with so many threads. `fresh` makes the summary that each begins with.
@@ -199,7 +297,7 @@ fn read_block(block: &[u8], summary: &mut Summary) {
 
 /// Counts what is read of a file.
 struct Counted<'a> {
-    file: fs::File,
+    file: File,
     progress: &'a Progress,
 }
 
@@ -217,39 +315,32 @@ fn take_apart(
     blocks: &SyncSender<Vec<u8>>,
     empty: &Receiver<Vec<u8>>,
 ) -> io::Result<()> {
-    for path in &logs.files {
-        let named =
-            |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-        let file = fs::File::open(path).map_err(named)?;
-        let counted = Counted { file, progress };
-        let mut plain: Box<dyn Read> = match path.extension() {
-            Some(extension) if extension == "zst" => {
-                Box::new(zstd::Decoder::new(counted).map_err(named)?)
-            }
-            _ => Box::new(counted),
-        };
-        let mut rest = Vec::new();
-        loop {
-            let mut block = empty.try_recv().unwrap_or_default();
-            block.clear();
-            block.append(&mut rest);
-            let wanted = BLOCK.saturating_sub(block.len()).max(BLOCK / 4) as u64;
-            let read = (&mut plain).take(wanted).read_to_end(&mut block);
-            let is_end = read.map_err(named)? == 0;
-            if !is_end {
+    for log in logs.iter() {
+        log.each_file(|path, file| {
+            let mut plain = plain(path, Counted { file, progress })?;
+            let mut rest = Vec::new();
+            loop {
+                let mut block = empty.try_recv().unwrap_or_default();
+                block.clear();
+                block.append(&mut rest);
+                let wanted = BLOCK.saturating_sub(block.len()).max(BLOCK / 4) as u64;
+                if (&mut plain).take(wanted).read_to_end(&mut block)? == 0 {
+                    if !is_half(&block) {
+                        // As below.
+                        let _sent = blocks.send(block);
+                    }
+                    return Ok(());
+                }
                 // Half a line waits for its other half.
                 let whole = block.iter().rposition(|byte| *byte == b'\n');
                 rest = block.split_off(whole.map_or(0, |end| end + 1));
                 if rest.len() > MAX_LINE {
                     rest.clear();
                 }
+                // They end only with a panic, which is seen where they are joined.
+                let _sent = blocks.send(block);
             }
-            // They end only with a panic, which is seen where they are joined.
-            let _sent = blocks.send(block);
-            if is_end {
-                break;
-            }
-        }
+        })?;
     }
     Ok(())
 }

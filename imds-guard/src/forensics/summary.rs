@@ -13,11 +13,15 @@ use crate::policy::{Imds, Verdict, caller::Via};
 
 /// Callers that are told apart; the others are one.
 const MOST_CALLERS: usize = 20_000;
-/// What is remembered of each caller: names beyond these are counted as `(others)`.
+/// What is remembered of each caller: names beyond these are counted as `(others)`. Paths of each kind have
+/// their own, so that nobody can hide which credentials they took behind many other paths.
 const MOST_PATHS: usize = 64;
 const MOST_HOSTS: usize = 10_000;
 const MOST_NAMES: usize = 16;
 const OTHERS: &str = "(others)";
+/// All these names, of all callers together.
+const MOST_NAMES_IN_ALL: usize = 2_000_000;
+const UNAUTHORIZED: u16 = 401;
 /// Hours of the timeline: more than four years.
 const MOST_HOURS: usize = 40_000;
 
@@ -26,8 +30,11 @@ const MOST_HOURS: usize = 40_000;
 pub struct Calls {
     /// IMDSv1.
     pub v1: u64,
-    /// IMDSv1 that was refused: nobody gets anything from these.
+    /// IMDSv1 that was refused, by the guard or the service: nobody gets anything from these.
     pub v1_denied: u64,
+    /// IMDSv1 that the guard carried over: the service was asked with a session token.
+    #[serde(default)]
+    pub v1_upgraded: u64,
     /// IMDSv1 of callers whose token request was refused: they would have spoken IMDSv2.
     pub v1_fallback: u64,
     /// IMDSv2.
@@ -45,18 +52,24 @@ impl Calls {
         self.v1 + self.v2 + self.token
     }
 
-    /// Calls without a session token that were answered: these would fail without IMDSv1.
+    /// Calls without a session token that the service answered: these would fail without IMDSv1.
     #[must_use]
     pub const fn needed_v1(&self) -> u64 {
-        self.v1 - self.v1_denied
+        self.v1 - self.v1_denied - self.v1_upgraded
     }
 
     fn add(&mut self, line: &Line<'_>, calls: u64) {
-        let is_denied = line.verdict == Some(Verdict::Deny);
+        // The service itself refuses with 401 where it wants tokens (HttpTokens=required).
+        let is_denied = line.verdict == Some(Verdict::Deny)
+            || (line.status == UNAUTHORIZED && line.verdict != Some(Verdict::Upgrade));
         match line.imds {
             Some(Imds::V1) => {
                 self.v1 += calls;
-                self.v1_denied += if is_denied { calls } else { 0 };
+                if is_denied {
+                    self.v1_denied += calls;
+                } else if line.verdict == Some(Verdict::Upgrade) {
+                    self.v1_upgraded += calls;
+                }
                 self.v1_fallback += if line.fallback { calls } else { 0 };
             }
             Some(Imds::V2) => self.v2 += calls,
@@ -71,6 +84,7 @@ impl Calls {
     fn merge(&mut self, other: Self) {
         self.v1 += other.v1;
         self.v1_denied += other.v1_denied;
+        self.v1_upgraded += other.v1_upgraded;
         self.v1_fallback += other.v1_fallback;
         self.v2 += other.v2;
         self.token += other.token;
@@ -120,8 +134,8 @@ pub struct Caller {
     pub first: String,
     /// See `first`.
     pub last: String,
-    /// IMDSv1 calls by path.
-    pub paths: HashMap<String, u64>,
+    /// IMDSv1 calls by what the path gives, and by path.
+    pub paths: BTreeMap<Wanted, HashMap<String, u64>>,
     /// IMDSv1 calls by host.
     pub hosts: HashMap<String, u64>,
     /// IMDSv1 calls by user agent.
@@ -156,6 +170,18 @@ pub struct Summary {
     /// See `first`.
     pub last: String,
     key: String,
+    /// How many more names may be remembered.
+    room: Room,
+}
+
+/// How many more names may be remembered, of all callers together.
+#[derive(Clone, Debug)]
+struct Room(usize);
+
+impl Default for Room {
+    fn default() -> Self {
+        Self(MOST_NAMES_IN_ALL)
+    }
 }
 
 impl Summary {
@@ -170,7 +196,7 @@ impl Summary {
 
     /// Takes a line into account.
     pub(super) fn add(&mut self, line: &Line<'_>) {
-        let time = line.time.as_str();
+        let time: &str = &line.time;
         if time < self.since.as_str() {
             self.coverage.before(line);
             return;
@@ -190,7 +216,7 @@ impl Summary {
             Some((_, caller)) => caller,
             None => new(&mut self.callers, &self.key, from),
         };
-        caller.add(line, from, count);
+        caller.add(line, from, count, &mut self.room);
     }
 
     /// Counts a line that is no event.
@@ -248,7 +274,7 @@ impl Summary {
                 .callers
                 .entry(key)
                 .or_insert_with(|| (identity, Caller::default()));
-            known.merge(caller);
+            known.merge(caller, &mut self.room);
         }
     }
 
@@ -258,7 +284,7 @@ impl Summary {
             .folded
             .as_ref()
             .map_or(&line.time, |folded| &folded.first);
-        let Some(hour) = time.as_str().get(..13) else {
+        let Some(hour) = time.get(..13) else {
             return;
         };
         if let Some(calls) = self.hours.get_mut(hour) {
@@ -273,20 +299,21 @@ impl Summary {
 }
 
 impl Caller {
-    fn add(&mut self, line: &Line<'_>, from: &LineCaller<'_>, count: u64) {
+    fn add(&mut self, line: &Line<'_>, from: &LineCaller<'_>, count: u64, room: &mut Room) {
         self.calls.add(line, count);
         if line.imds != Some(Imds::V1) {
             return;
         }
-        widen(&mut self.first, &mut self.last, line.time.as_str());
+        widen(&mut self.first, &mut self.last, &line.time);
         let path = text(&line.path).unwrap_or_default();
-        tally(&mut self.paths, path, count, MOST_PATHS);
-        tally(&mut self.hosts, line.host.as_str(), count, MOST_HOSTS);
+        let paths = self.paths.entry(Wanted::of(path)).or_default();
+        room.tally(paths, path, count, MOST_PATHS);
+        room.tally(&mut self.hosts, line.host.as_str(), count, MOST_HOSTS);
         if let Some(agent) = text(&line.user_agent) {
-            tally(&mut self.user_agents, agent, count, MOST_NAMES);
+            room.tally(&mut self.user_agents, agent, count, MOST_NAMES);
         }
         if let Some(parent) = from.parents.first().and_then(|parent| text(&parent.exe)) {
-            tally(&mut self.parents, parent, count, MOST_NAMES);
+            room.tally(&mut self.parents, parent, count, MOST_NAMES);
         }
         for via in &from.via {
             let name = match via {
@@ -307,22 +334,23 @@ impl Caller {
         }
     }
 
-    fn merge(&mut self, other: Self) {
+    fn merge(&mut self, other: Self, room: &mut Room) {
         self.calls.merge(other.calls);
         for time in [&other.first, &other.last] {
             if !time.is_empty() {
                 widen(&mut self.first, &mut self.last, time);
             }
         }
+        for (wanted, theirs) in other.paths {
+            let mine = self.paths.entry(wanted).or_default();
+            room.tally_all(mine, theirs, MOST_PATHS);
+        }
         for (mine, theirs, most) in [
-            (&mut self.paths, other.paths, MOST_PATHS),
             (&mut self.hosts, other.hosts, MOST_HOSTS),
             (&mut self.user_agents, other.user_agents, MOST_NAMES),
             (&mut self.parents, other.parents, MOST_NAMES),
         ] {
-            for (name, count) in theirs {
-                tally(mine, &name, count, most);
-            }
+            room.tally_all(mine, theirs, most);
         }
         self.via.extend(other.via);
         self.rules.extend(other.rules);
@@ -351,12 +379,28 @@ fn others() -> Identity {
     }
 }
 
-fn tally(names: &mut HashMap<String, u64>, name: &str, count: u64, most: usize) {
-    if let Some(known) = names.get_mut(name) {
-        *known += count;
-    } else {
-        let name = if names.len() < most { name } else { OTHERS };
-        *names.entry(name.to_owned()).or_default() += count;
+impl Room {
+    /// Counts a name among so many at most.
+    fn tally(&mut self, names: &mut HashMap<String, u64>, name: &str, count: u64, most: usize) {
+        if let Some(known) = names.get_mut(name) {
+            *known += count;
+        } else if names.len() < most && self.0 > 0 {
+            self.0 -= 1;
+            names.insert(name.to_owned(), count);
+        } else {
+            *names.entry(OTHERS.to_owned()).or_default() += count;
+        }
+    }
+
+    fn tally_all(
+        &mut self,
+        names: &mut HashMap<String, u64>,
+        more: HashMap<String, u64>,
+        most: usize,
+    ) {
+        for (name, count) in more {
+            self.tally(names, &name, count, most);
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 
 use imds_guard::{
     policy::{Caller, Verdict},
-    record::{Event, Kind, Request, SCHEMA_VERSION},
+    record::{Event, Kind, Request, SCHEMA_VERSION, Stopped},
 };
 use imds_guard_tests::{python, run};
 use serde_json::Value;
@@ -157,7 +157,7 @@ fn a_report_of_200_hosts_adds_up() {
         .filter(|(_, v1)| *v1 > 0)
         .collect();
     assert_eq!(days, counted.by_day);
-    // One thread, or a part of the time, or single files: the same numbers.
+    // By one thread: the same numbers.
     let alone = json(&guard(
         "report",
         folder.path(),
@@ -276,7 +276,8 @@ fn readiness_needs_a_log_without_gaps_and_without_v1() {
     let (code, said) = ready(&clean, &["--since", "20d"]);
     assert_eq!(code, Some(1));
     assert_eq!(said["gaps"].as_array().unwrap().len(), 3, "{said}");
-    assert_eq!(ready(&clean, &["--since", "20d", "--elastic"]).0, Some(0));
+    let (code, said) = ready(&clean, &["--since", "20d", "--elastic"]);
+    assert_eq!(code, Some(0), "{said}");
     // A host loses a day: the others do not help.
     let lost = fs::read_dir(clean.path())
         .unwrap()
@@ -299,37 +300,248 @@ fn readiness_needs_a_log_without_gaps_and_without_v1() {
     assert_eq!(said["gaps"].as_array().unwrap().len(), 1, "{said}");
     fs::write(&log, &text).unwrap();
     assert_eq!(ready(&clean, &[]).0, Some(0));
-    // One call is enough; one that was refused is not.
-    let add = |verdict| {
-        let event = Event {
-            schema: SCHEMA_VERSION,
-            time: format!("{:.6}", jiff::Timestamp::now()),
-            host: "ip-10-0-0-1".into(),
-            kind: Kind::Request(Box::new(Request {
-                verdict,
-                folded: None,
-                ..a_request()
-            })),
-            chain: None,
+    // Half a line is one that is just being written; a whole one that is no event may be anything.
+    fs::write(&log, format!("{text}{{\"schema\":1,\"ti")).unwrap();
+    assert_eq!(ready(&clean, &[]).0, Some(0));
+    fs::write(&log, format!("{text}{{\"schema\":1,\"ti\n")).unwrap();
+    assert_eq!(ready(&clean, &[]).0, Some(1));
+    // One call is enough; those that were refused or carried over are not.
+    let table = [
+        (Verdict::Deny, 401, "v1_denied", 0),
+        (Verdict::Audit, 401, "v1_denied", 0),
+        (Verdict::Upgrade, 200, "v1_upgraded", 0),
+        (Verdict::Audit, 200, "v1_needed", 1),
+        (Verdict::Allow, 404, "v1_needed", 1),
+    ];
+    for (verdict, status, field, expected) in table {
+        let request = Request {
+            verdict,
+            status,
+            folded: None,
+            ..a_request()
         };
-        let line = serde_json::to_string(&event).unwrap();
+        let line = line_of("ip-10-0-0-1", Kind::Request(Box::new(request)));
         fs::write(&log, format!("{text}{line}\n")).unwrap();
+        let (code, said) = ready(&clean, &[]);
+        assert_eq!(
+            (code, &said[field]),
+            (Some(expected), &Value::from(1)),
+            "{said}"
+        );
+        let callers = said["callers"].as_array().unwrap().len();
+        assert_eq!(callers, expected as usize);
+    }
+}
+
+fn line_of(host: &str, kind: Kind) -> String {
+    let event = Event {
+        schema: SCHEMA_VERSION,
+        time: format!("{:.6}", jiff::Timestamp::now()),
+        host: host.into(),
+        kind,
+        chain: None,
     };
-    add(Verdict::Deny);
-    let (code, said) = ready(&clean, &[]);
-    assert_eq!(
-        (code, &said["v1_denied"]),
-        (Some(0), &Value::from(1)),
-        "{said}"
+    serde_json::to_string(&event).unwrap()
+}
+
+/// Logs that say nothing of the time in question prove nothing, and hosts may go, but not in silence.
+#[test]
+fn readiness_is_not_found_in_silence() {
+    let elastic = |folder: &Folder| guard("ready", folder.path(), &["--elastic"]).status.code();
+    let old = Folder::new("old");
+    make(
+        &old,
+        &[
+            "--hosts",
+            "1",
+            "--requests",
+            "100",
+            "--clean",
+            "--days",
+            "2",
+            "--end",
+            "2026-01-03T00:00:00Z",
+        ],
     );
-    add(Verdict::Audit);
-    let (code, said) = ready(&clean, &[]);
-    assert_eq!(
-        (code, &said["v1_needed"]),
-        (Some(1), &Value::from(1)),
-        "{said}"
+    assert_eq!(elastic(&old), Some(1), "all of it is from before");
+
+    let alive = || Kind::Alive(Stopped::default());
+    let gone = Folder::new("gone");
+    fs::create_dir(gone.path().join("h")).unwrap();
+    let hours_ago = |line: String, hours: i64| {
+        let now = format!("{:.6}", jiff::Timestamp::now());
+        let then = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(hours);
+        let begin = line.find("\"time\":\"").unwrap() + 8;
+        line[..begin].to_owned() + &format!("{then:.6}") + &line[begin + now.len()..]
+    };
+    let log = gone.path().join("h/events.jsonl");
+    let line = hours_ago(line_of("h", alive()), 2);
+    fs::write(&log, format!("{line}\n")).unwrap();
+    assert_eq!(elastic(&gone), Some(1), "its guard may be dead");
+    let line = hours_ago(line_of("h", alive()), 1);
+    let stopped = hours_ago(line_of("h", Kind::Stopped(Stopped::default())), 1);
+    fs::write(&log, format!("{line}\n{stopped}\n")).unwrap();
+    assert_eq!(elastic(&gone), Some(0));
+    // Other files of the guard's are no event logs.
+    fs::write(gone.path().join("h/ocsf.json"), "{\"class_uid\":4002}\n").unwrap();
+    fs::write(
+        gone.path().join("h/ocsf.json.20260101T000000.000000Z.zst"),
+        "",
+    )
+    .unwrap();
+    assert_eq!(elastic(&gone), Some(0));
+}
+
+/// The same lines in whatever files, and part of them, and times that are none.
+#[test]
+fn a_report_reads_each_line_once_and_only_what_it_is_asked_for() {
+    let folder = Folder::new("once");
+    make(
+        &folder,
+        &["--hosts", "2", "--requests", "4000", "--days", "6"],
     );
-    assert_eq!(said["callers"].as_array().unwrap().len(), 1);
+    let report = |arguments: &[&str]| {
+        json(&guard(
+            "report",
+            folder.path(),
+            &[&["--format", "json"], arguments].concat(),
+        ))
+    };
+    let whole = report(&[]);
+    let counted = count(folder.path());
+    assert_eq!(whole["events"], counted.events);
+    // A crash between compressing a file and removing it leaves both.
+    let host = fs::read_dir(folder.path())
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    let packed = fs::read_dir(&host).unwrap().map(|it| it.unwrap().path());
+    let packed = packed
+        .into_iter()
+        .find(|it| it.extension().unwrap() == "zst")
+        .unwrap();
+    fs::write(
+        packed.with_extension(""),
+        zstd::decode_all(&fs::read(&packed).unwrap()[..]).unwrap(),
+    )
+    .unwrap();
+    assert_eq!(report(&[]), whole);
+    fs::remove_file(packed.with_extension("")).unwrap();
+    // One of the hosts, by its file.
+    let alone = json(&guard(
+        "report",
+        &host.join("events.jsonl"),
+        &["--format", "json"],
+    ));
+    assert_eq!(alone["hosts"], 1);
+    // What came before is left out, whole files of it, too.
+    let since = report(&["--since", "2d"]);
+    let border = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(48);
+    assert!(
+        since["from"]
+            .as_str()
+            .unwrap()
+            .parse::<jiff::Timestamp>()
+            .unwrap()
+            >= border
+    );
+    let (some, all) = (since["events"].as_u64().unwrap(), counted.events);
+    assert!(some > all / 6 && some < all / 2, "{some} of {all}");
+    // The other forms have the same numbers.
+    let v1 = counted.v1.to_string();
+    let text = |form| {
+        String::from_utf8(guard("report", folder.path(), &["--format", form]).stdout).unwrap()
+    };
+    let mut rows = csv::Reader::from_reader(text("csv").into_bytes().leak() as &[u8]);
+    let column = rows
+        .headers()
+        .unwrap()
+        .iter()
+        .position(|it| it == "v1")
+        .unwrap();
+    let sum: u64 = rows
+        .records()
+        .map(|row| row.unwrap()[column].parse::<u64>().unwrap())
+        .sum();
+    assert_eq!(sum.to_string(), v1);
+    for form in ["table", "md"] {
+        assert!(text(form).replace(',', "").contains(&v1), "{form}");
+    }
+    // Whoever can write into the log of one host cannot break the report of all.
+    let log = host.join("events.jsonl");
+    let lines = fs::read_to_string(&log).unwrap();
+    let evil = [
+        "2026-11-2\u{20ac}x",
+        "<meta http-equiv=refresh>",
+        "2026-11-24T12:34\u{1b}[2J",
+    ];
+    let evil: String = evil
+        .iter()
+        .map(|time| {
+            let event =
+                serde_json::json!({"schema": 1, "time": time, "host": "h", "event": "alive"});
+            format!("{event}\n")
+        })
+        .collect();
+    fs::write(&log, lines + &evil).unwrap();
+    assert_eq!(report(&[])["skipped"], 3);
+    let page = text("html");
+    assert!(!page.contains("refresh") && !page.contains('\u{1b}'));
+}
+
+/// A program is the same caller before and after it was updated.
+#[test]
+fn a_replaced_program_is_one_caller() {
+    let folder = Folder::new("replaced");
+    fs::create_dir(folder.path().join("h")).unwrap();
+    let mut lines = String::new();
+    for exe in ["/opt/agent", "/opt/agent (deleted)"] {
+        let request = a_request();
+        let caller = Caller {
+            exe: Some(exe.into()),
+            ..(*request.caller).clone()
+        };
+        let caller = Arc::new(caller);
+        let request = Request { caller, ..request };
+        lines += &(line_of("h", Kind::Request(Box::new(request))) + "\n");
+    }
+    fs::write(folder.path().join("h/events.jsonl"), lines).unwrap();
+    let report = json(&guard("report", folder.path(), &["--format", "json"]));
+    assert_eq!(report["v1_callers"].as_array().unwrap().len(), 1);
+    assert_eq!(report["v1_callers"][0]["program"], "/opt/agent");
+}
+
+/// However many paths a caller asks for, the credentials are not lost among them.
+#[test]
+fn nobody_hides_what_they_took_behind_other_paths() {
+    let folder = Folder::new("hidden");
+    fs::create_dir(folder.path().join("h")).unwrap();
+    let mut lines = String::new();
+    for number in 0..200 {
+        let path = format!("/latest/meta-data/junk-{number}");
+        let request = Request {
+            path,
+            folded: None,
+            ..a_request()
+        };
+        lines += &(line_of("h", Kind::Request(Box::new(request))) + "\n");
+    }
+    let path = "/latest/meta-data/iam/security-credentials/admin";
+    let request = Request {
+        path: path.into(),
+        folded: None,
+        ..a_request()
+    };
+    lines += &(line_of("h", Kind::Request(Box::new(request))) + "\n");
+    fs::write(folder.path().join("h/events.jsonl"), lines).unwrap();
+    let report = json(&guard("report", folder.path(), &["--format", "json"]));
+    let paths = report["v1_callers"][0]["paths"].as_array().unwrap();
+    assert_eq!(paths[0]["path"], path);
+    assert_eq!(paths[0]["wanted"], "credentials");
+    let sum: u64 = paths.iter().map(|it| it["calls"].as_u64().unwrap()).sum();
+    assert_eq!(sum, 201);
 }
 
 /// F2: whatever a caller calls itself, it stays in its field: in no form of the report is it a control
@@ -339,7 +551,7 @@ fn f2_nothing_a_caller_says_gets_out_of_its_field() {
     let folder = Folder::new("evil");
     let host = folder.path().join("h");
     fs::create_dir(&host).unwrap();
-    let evil = "=1+1|<script>alert(1)</script>\u{1b}[31m\n{\"event\":\"alive\"}\r\u{202e}`x`\"'&";
+    let evil = "=1+1|<script>alert(1)</script>\u{1b}[31m\u{9b}2J\u{61c}\u{2028}\n{\"event\":\"alive\"}\r\u{202e}`x`\"'&";
     let request = a_request();
     let event = Event {
         schema: SCHEMA_VERSION,

@@ -15,8 +15,8 @@ pub fn html(report: &Report) -> String {
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
          <title>Who uses IMDSv1</title>\n<style>{STYLE}</style>\n</head>\n<body>\n\
          <h1>Who uses IMDSv1</h1>\n<p class=\"range\">{} to {} UTC, from {} events of {} hosts</p>\n",
-        short(&report.from),
-        short(&report.to),
+        escape(&short(&report.from)),
+        escape(&short(&report.to)),
         grouped(report.events),
         grouped(report.hosts as u64),
     );
@@ -60,6 +60,11 @@ fn numbers(out: &mut String, report: &Report) {
     for (id, name, value) in [
         ("v1", "calls without a session token", calls.v1),
         ("v1-denied", "of these refused", calls.v1_denied),
+        (
+            "v1-upgraded",
+            "carried over by the guard",
+            calls.v1_upgraded,
+        ),
         ("v2", "calls with one", calls.v2),
         ("token", "requests for tokens", calls.token),
         (

@@ -14,6 +14,7 @@ pub fn markdown(report: &Report) -> String {
          | calls | |\n|---|---:|\n\
          | without a session token (v1) | {} |\n\
          | of these refused | {} |\n\
+         | of these carried over by the guard | {} |\n\
          | with one (v2) | {} |\n\
          | for tokens | {} |\n",
         short(&report.from),
@@ -22,6 +23,7 @@ pub fn markdown(report: &Report) -> String {
         grouped(report.events),
         grouped(calls.v1),
         grouped(calls.v1_denied),
+        grouped(calls.v1_upgraded),
         grouped(calls.v2),
         grouped(calls.token),
     );

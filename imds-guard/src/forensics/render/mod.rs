@@ -6,7 +6,7 @@ mod html;
 mod markdown;
 mod table;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use clap::ValueEnum;
 use schemars::JsonSchema;
@@ -173,17 +173,17 @@ fn counts(names: &HashMap<String, u64>) -> Vec<Count> {
     counts
 }
 
-fn paths(paths: &HashMap<String, u64>) -> Vec<Path> {
-    let path = |(path, calls): (&String, &u64)| Path {
-        path: path.clone(),
-        wanted: Wanted::of(path),
-        calls: *calls,
+fn paths(paths: &BTreeMap<Wanted, HashMap<String, u64>>) -> Vec<Path> {
+    let of_kind = |(wanted, paths): (&Wanted, &HashMap<String, u64>)| {
+        let wanted = *wanted;
+        let path = move |Count { name, calls }| Path {
+            path: name,
+            wanted,
+            calls,
+        };
+        counts(paths).into_iter().map(path).collect::<Vec<_>>()
     };
-    let mut paths: Vec<_> = paths.iter().map(path).collect();
-    paths.sort_by(|one, other| {
-        (one.wanted, other.calls, &one.path).cmp(&(other.wanted, one.calls, &other.path))
-    });
-    paths
+    paths.iter().flat_map(of_kind).collect()
 }
 
 fn timeline(summary: &Summary) -> Vec<Period> {
@@ -194,7 +194,7 @@ fn timeline(summary: &Summary) -> Vec<Period> {
     };
     let mut periods: Vec<Period> = Vec::new();
     for (hour, calls) in &summary.hours {
-        let begin = &hour[..length.min(hour.len())];
+        let begin = hour.get(..length).unwrap_or(hour);
         let is_same = periods.last().is_some_and(|period| period.begin == begin);
         if !is_same {
             periods.push(Period {
@@ -212,12 +212,12 @@ fn timeline(summary: &Summary) -> Vec<Period> {
 }
 
 /// Text that callers may have chosen, for a terminal or a page: control characters, and characters that
-/// change the direction of text, are shown as codes.
+/// change the direction of text or begin a line, are shown as codes.
 #[must_use]
 pub fn plain(text: &str) -> String {
     let is_plain = |it: char| {
         !it.is_control()
-            && !matches!(it, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+            && !matches!(it, '\u{61c}' | '\u{2028}' | '\u{2029}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
     };
     let mut plain = String::with_capacity(text.len());
     for it in text.chars() {

@@ -10,13 +10,14 @@ pub fn table(report: &Report) -> String {
     let _infallible = writeln!(
         out,
         "{} to {} UTC: {} events of {} hosts\n\
-         {} calls without a session token ({} of them refused), {} with one, {} for tokens",
+         {} calls without a session token ({} of them refused, {} carried over), {} with one, {} for tokens",
         short(&report.from),
         short(&report.to),
         grouped(report.events),
         grouped(report.hosts as u64),
         grouped(calls.v1),
         grouped(calls.v1_denied),
+        grouped(calls.v1_upgraded),
         grouped(calls.v2),
         grouped(calls.token),
     );
@@ -45,8 +46,13 @@ pub fn table(report: &Report) -> String {
             "seen",
             format!("{} to {}", short(&row.first), short(&row.last)),
         );
-        if row.calls.v1_denied > 0 {
-            say("refused", grouped(row.calls.v1_denied));
+        for (what, count) in [
+            ("refused", row.calls.v1_denied),
+            ("carried", row.calls.v1_upgraded),
+        ] {
+            if count > 0 {
+                say(what, grouped(count));
+            }
         }
         say(
             "hosts",

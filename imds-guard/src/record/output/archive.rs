@@ -72,7 +72,7 @@ impl Archive {
 
     /// Renames the log, under the time until which it goes.
     pub fn put_away(&self, until: Timestamp) -> io::Result<()> {
-        let time = until.strftime("%Y%m%dT%H%M%S%.6fZ");
+        let time = in_names(until);
         let away = self.folder.join(format!("{}.{time}", self.name));
         renameat2(
             AT_FDCWD,
@@ -161,17 +161,14 @@ impl Archive {
 /// compressed comes once.
 #[must_use]
 pub fn segments(folder: &Path, name: &str) -> Vec<PathBuf> {
-    let prefix = format!("{name}.");
     let mut found: Vec<_> = fs::read_dir(folder)
         .into_iter()
         .flatten()
         .filter_map(|entry| {
             let entry = entry.ok()?;
             let file = entry.file_name().into_string().ok()?;
-            let time = file.strip_prefix(&prefix)?;
-            let time = time.strip_suffix(COMPRESSED).unwrap_or(time);
-            let is_time = time.ends_with('Z') && time.starts_with(|it: char| it.is_ascii_digit());
-            (is_time && entry.file_type().ok()?.is_file()).then(|| entry.path())
+            until(&file, name)?;
+            entry.file_type().ok()?.is_file().then(|| entry.path())
         })
         .collect();
     found.sort();
@@ -179,6 +176,22 @@ pub fn segments(folder: &Path, name: &str) -> Vec<PathBuf> {
         later.to_str().and_then(|it| it.strip_suffix(COMPRESSED)) == before.to_str()
     });
     found
+}
+
+/// The time until which a file goes that a log of this name has put away, as [`in_names`] writes it; `None`
+/// if it is none of these.
+#[must_use]
+pub fn until<'a>(file: &'a str, log: &str) -> Option<&'a str> {
+    let time = file.strip_prefix(log)?.strip_prefix('.')?;
+    let time = time.strip_suffix(COMPRESSED).unwrap_or(time);
+    let is_time = time.ends_with('Z') && time.starts_with(|it: char| it.is_ascii_digit());
+    is_time.then_some(time)
+}
+
+/// A time as it is in names of files, which sort by it.
+#[must_use]
+pub fn in_names(time: Timestamp) -> String {
+    time.strftime("%Y%m%dT%H%M%S%.6fZ").to_string()
 }
 
 /// Reads a file, whether it is compressed or not.

@@ -15,7 +15,6 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::archive::Archive;
-pub use super::archive::segments;
 
 /// How much of the end of a file is read at once, in search of its last line.
 const TAIL: u64 = 64 * 1024;

@@ -19,9 +19,9 @@ use std::{
     time::Instant,
 };
 
-pub use archive::read;
+pub use archive::{in_names, read, segments, until};
 pub use chain::{Broken, Links, Verified};
-pub use file::{LogFile, Rotation, Sync, segments};
+pub use file::{LogFile, Rotation, Sync};
 pub use fold::Fold;
 pub use journald::{Journald, SOCKET as JOURNALD};
 pub use lines::{Format, Lines};
