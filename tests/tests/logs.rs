@@ -13,7 +13,7 @@ use std::{
 use imds_guard::{
     policy::Caller,
     record::{
-        Event, Kind, Recorder, Request, RuleExpired,
+        Event, Kind, Latency, Recorder, Request, RuleExpired,
         output::{Fold, Format, Lines, LogFile, Outputs, Rotation, Sync, read, segments},
     },
 };
@@ -335,25 +335,29 @@ fn calls_that_are_alike_are_folded_and_no_caller_is_lost() {
     let outputs =
         Outputs::new(Some(fold)).with("events", Lines::to(Format::Json, Box::new(out.clone())));
     let (recorder, writer) = Recorder::start("h", outputs).unwrap();
-    let call = |pid: u32, path: &str| {
+    let call = |pid: u32, path: &str, comm: &str, guard: u64| {
         let request = a_request();
         let caller = Caller {
             pid,
+            comm: comm.into(),
             ..(*request.caller).clone()
         };
         recorder.record(Kind::Request(Box::new(Request {
             path: path.into(),
             caller: Arc::new(caller),
             folded: None,
+            latency_us: Latency { guard, upstream: 7 },
             ..request
         })));
     };
-    for _ in 0..100 {
-        call(1, "/a");
-        call(2, "/a");
-        call(1, "/b");
+    for latency in 0..100 {
+        call(1, "/a", "one", latency);
+        call(2, "/a", "one", latency);
+        call(1, "/b", "one", latency);
     }
-    call(3, "/a");
+    call(3, "/a", "one", 0);
+    // Of the same process, but not alike.
+    call(1, "/a", "two", 1000);
     drop(recorder);
     writer.finish();
     let text = String::from_utf8(out.0.lock().unwrap().clone()).unwrap();
@@ -369,14 +373,14 @@ fn calls_that_are_alike_are_folded_and_no_caller_is_lost() {
             .or_default() += request.calls();
         lines.push(request);
     }
-    assert_eq!(lines.len(), 7, "{text}");
+    assert_eq!(lines.len(), 8, "{text}");
     assert!(
         lines
             .iter()
             .filter(|it| it.folded.is_some())
-            .all(|it| it.calls() == 99)
+            .all(|it| (it.calls(), it.latency_us.guard) == (99, 99))
     );
-    let expected = [(1, "/a", 100), (1, "/b", 100), (2, "/a", 100), (3, "/a", 1)];
+    let expected = [(1, "/a", 101), (1, "/b", 100), (2, "/a", 100), (3, "/a", 1)];
     let expected = expected.map(|(pid, path, calls)| ((pid, path.to_owned()), calls));
     assert_eq!(calls, expected.into());
 }

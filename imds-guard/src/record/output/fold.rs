@@ -3,10 +3,11 @@
 use std::{
     collections::HashMap,
     hash::{DefaultHasher, Hash as _, Hasher as _},
+    mem,
     time::{Duration, Instant},
 };
 
-use crate::record::{Event, Folded, Kind, Latency, Request};
+use crate::record::{Event, Folded, Kind, Request};
 
 /// Kinds of call that are kept in mind. Others are not folded.
 const MOST: usize = 4096;
@@ -52,10 +53,12 @@ impl Fold {
             }
             return Some(event);
         };
-        if !are_alike(&calls.first, request) {
+        // Calls that are alike differ in their latency, and that of the last one is kept.
+        let before = mem::replace(&mut calls.first.latency_us, request.latency_us);
+        if calls.first != *request {
+            calls.first.latency_us = before;
             return Some(event);
         }
-        calls.first.latency_us = request.latency_us;
         let repeated = calls.repeated.get_or_insert_with(|| Folded {
             count: 0,
             first: event.time.clone(),
@@ -106,16 +109,4 @@ fn key(request: &Request) -> u64 {
     (&request.method, &request.path, request.status).hash(&mut hasher);
     (&request.user_agent, &request.rule, request.imds).hash(&mut hasher);
     hasher.finish()
-}
-
-fn are_alike(one: &Request, other: &Request) -> bool {
-    let none = Latency {
-        guard: 0,
-        upstream: 0,
-    };
-    let alike = |request: &Request| Request {
-        latency_us: none,
-        ..request.clone()
-    };
-    alike(one) == alike(other)
 }
