@@ -47,7 +47,7 @@ impl Drop for Folder {
     }
 }
 
-const ROTATION: Rotation = Rotation {
+pub const ROTATION: Rotation = Rotation {
     size: 20_000,
     age: Duration::from_secs(3600),
     total: 1 << 30,

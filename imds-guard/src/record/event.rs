@@ -474,6 +474,15 @@ impl Event {
         }
     }
 
+    /// How many calls it stands for; 1 if it is no request.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        match &self.kind {
+            Kind::Request(request) => request.calls(),
+            _ => 1,
+        }
+    }
+
     /// The JSON Schema of an event.
     #[must_use]
     pub fn json_schema() -> schemars::Schema {

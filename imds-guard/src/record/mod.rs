@@ -3,6 +3,7 @@
 mod event;
 mod metrics;
 pub mod output;
+mod queue;
 mod sink;
 mod tally;
 mod words;

@@ -1,13 +1,8 @@
-//! Events leave the request path through a bounded queue and are written by a thread of their own.
+//! Events leave the request path through a bounded queue and are written by threads of their own.
 
 use std::{
     io,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, channel, sync_channel},
-    },
-    thread,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -15,28 +10,21 @@ use tokio::sync::broadcast;
 
 use super::{
     Event, Kind,
-    output::{Loss, Outputs, line},
+    output::{Loss, Outputs},
+    queue::{Ending, Queue, Recorded},
 };
-
-/// Events that may wait to be written, by number and by bytes; more are counted as lost.
-const QUEUE: usize = 8192;
-const QUEUE_BYTES: usize = 16 * 1024 * 1024;
 
 /// Events that a listener may be behind.
 const LISTENED: usize = 4096;
 
-/// How often outputs are flushed, whether or not more is waiting.
-const SETTLE: Duration = Duration::from_secs(1);
-
 /// How long the last events may take to be written: whoever reads them may have stopped doing so.
 const LAST_WRITES: Duration = Duration::from_secs(5);
 
-/// Hands events to the writer. Never blocks, never fails: what cannot be queued is counted.
+/// Hands events to the outputs. Never blocks, never fails: what cannot be queued is counted.
 #[derive(Clone)]
 pub struct Recorder {
-    queue: SyncSender<(Event, Vec<u8>)>,
+    queue: Queue,
     host: Arc<str>,
-    backlog: Arc<Backlog>,
     listeners: broadcast::Sender<Arc<[u8]>>,
     losses: Arc<[Loss]>,
 }
@@ -44,67 +32,41 @@ pub struct Recorder {
 /// Events as they happen, each a line of JSON. Whoever is too slow misses some, and is told how many.
 pub type Lines = broadcast::Receiver<Arc<[u8]>>;
 
-/// Ends the writing thread.
+/// Ends the writing threads.
 pub struct Writer {
-    ended: Receiver<()>,
-}
-
-/// What waits to be written, and what could not wait.
-#[derive(Default)]
-struct Backlog {
-    bytes: AtomicUsize,
-    events: AtomicUsize,
-    unreported: AtomicU64,
-    lost: AtomicU64,
+    endings: Vec<Ending>,
 }
 
 impl Recorder {
-    /// Starts the writing thread. It ends when the last recorder is dropped and everything is
+    /// Starts the writing threads. They end when the last recorder is dropped and everything is
     /// written.
     ///
     /// # Errors
-    /// The thread could not be started.
-    pub fn start(host: &str, mut outputs: Outputs) -> io::Result<(Self, Writer)> {
-        let (queue, lines) = sync_channel(QUEUE);
-        let (ends, ended) = channel();
-        let backlog = Arc::new(Backlog::default());
+    /// A thread could not be started.
+    pub fn start(host: &str, outputs: Outputs) -> io::Result<(Self, Writer)> {
         let losses = outputs.losses().into();
-        thread::Builder::new().name("events".into()).spawn({
-            let backlog = Arc::clone(&backlog);
-            move || {
-                write_all(&lines, &mut outputs, &backlog);
-                drop(outputs);
-                // Dropped, and so noticed, also by a panic.
-                drop(ends);
-            }
-        })?;
+        let (spread, mut endings) = outputs.start()?;
+        let (queue, ending) = Queue::start("events", Arc::default(), spread)?;
+        endings.insert(0, ending);
         let recorder = Self {
             queue,
             host: host.into(),
-            backlog,
             listeners: broadcast::Sender::new(LISTENED),
             losses,
         };
-        Ok((recorder, Writer { ended }))
+        Ok((recorder, Writer { endings }))
     }
 
     /// Records that something happened just now.
     pub fn record(&self, kind: Kind) {
-        let event = Event::now(&self.host, kind);
-        let Some(line) = line(&event) else {
-            return self.backlog.lose(1);
+        let Some(recorded) = Recorded::new(Event::now(&self.host, kind)) else {
+            return self.queue.lose(1);
         };
         if self.listeners.receiver_count() > 0 {
             // Nobody may have stayed.
-            let _heard = self.listeners.send(Arc::from(line.as_slice()));
+            let _heard = self.listeners.send(Arc::from(recorded.line.as_slice()));
         }
-        let bytes = line.len();
-        let waiting = self.backlog.bytes.fetch_add(bytes, Relaxed);
-        self.backlog.events.fetch_add(1, Relaxed);
-        if waiting + bytes > QUEUE_BYTES || self.queue.try_send((event, line)).is_err() {
-            self.backlog.take(bytes);
-            self.backlog.lose(1);
-        }
+        self.queue.put(recorded);
     }
 
     /// Listens to what is recorded from now on.
@@ -124,7 +86,7 @@ impl Recorder {
     /// Events that no output got since the start, as they came too fast.
     #[must_use]
     pub fn missed(&self) -> u64 {
-        self.backlog.lost.load(Relaxed)
+        self.queue.lost()
     }
 
     /// What each output has lost by itself.
@@ -133,10 +95,10 @@ impl Recorder {
         &self.losses
     }
 
-    /// Events that wait to be written.
+    /// Events that wait for the first output.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.backlog.events.load(Relaxed)
+        self.queue.waiting()
     }
 }
 
@@ -144,64 +106,32 @@ impl Writer {
     /// Waits until everything that was recorded is written, or can't be within [`LAST_WRITES`]. All
     /// recorders must be dropped before.
     pub fn finish(self) {
-        if self.ended.recv_timeout(LAST_WRITES) == Err(RecvTimeoutError::Timeout) {
-            log::error!("the last events are lost: nobody takes them within {LAST_WRITES:?}");
+        let until = Instant::now() + LAST_WRITES;
+        for ending in self.endings {
+            ending.wait(until);
         }
     }
-}
-
-impl Backlog {
-    fn take(&self, bytes: usize) {
-        self.bytes.fetch_sub(bytes, Relaxed);
-        self.events.fetch_sub(1, Relaxed);
-    }
-
-    fn lose(&self, count: u64) {
-        self.unreported.fetch_add(count, Relaxed);
-        self.lost.fetch_add(count, Relaxed);
-    }
-}
-
-fn write_all(queue: &Receiver<(Event, Vec<u8>)>, outputs: &mut Outputs, backlog: &Backlog) {
-    let mut settled = Instant::now();
-    loop {
-        // Batches while more is waiting, and lets readers see an event at once when nothing is.
-        let (event, line) = match queue.try_recv() {
-            Ok(event) => event,
-            Err(TryRecvError::Disconnected) => break,
-            Err(TryRecvError::Empty) => {
-                outputs.flush(Instant::now());
-                settled = Instant::now();
-                match queue.recv_timeout(SETTLE) {
-                    Ok(event) => event,
-                    Err(RecvTimeoutError::Timeout) => continue,
-                    Err(RecvTimeoutError::Disconnected) => break,
-                }
-            }
-        };
-        if settled.elapsed() > SETTLE {
-            outputs.flush(Instant::now());
-            settled = Instant::now();
-        }
-        let lost = backlog.unreported.swap(0, Relaxed);
-        outputs.missed(lost);
-        outputs.write(event, &line);
-        backlog.take(line.len());
-    }
-    outputs.finish();
 }
 
 #[cfg(test)]
 mod tests {
     use std::{
         io::Write,
-        sync::{Mutex, mpsc::Sender},
+        sync::{
+            Mutex,
+            mpsc::{Receiver, Sender, channel},
+        },
+        thread,
     };
 
     use super::*;
     use crate::{
         policy::Mode,
-        record::{Started, Stopped},
+        record::{
+            Started, Stopped,
+            output::{Format, Lines as Written},
+            queue::QUEUE,
+        },
     };
 
     #[derive(Clone, Default)]
@@ -329,5 +259,50 @@ mod tests {
                 count: surplus as u64
             }
         );
+    }
+
+    #[test]
+    fn an_output_that_is_stuck_holds_up_nobody_else() {
+        let (log, slow) = (Shared::default(), Shared::default());
+        let (entered, has_entered) = channel();
+        let (release, released) = channel();
+        let stuck = Stuck {
+            entered,
+            release: released,
+            out: slow.clone(),
+        };
+        let outputs =
+            Outputs::to(log.clone()).with("ocsf", Written::to(Format::Json, Box::new(stuck)));
+        let (recorder, writer) = Recorder::start("h", outputs).unwrap();
+        let event = || Kind::Stopped(Stopped::default());
+        recorder.record(event());
+        has_entered.recv().unwrap();
+        let surplus = 10;
+        let all = 1 + QUEUE + surplus;
+        for _ in 1..all {
+            recorder.record(event());
+            while recorder.waiting() > QUEUE / 2 {
+                thread::yield_now();
+            }
+        }
+        let begun = Instant::now();
+        while lines(&log).len() < all {
+            assert!(begun.elapsed() < LAST_WRITES, "the log waits, too");
+            thread::sleep(Duration::from_millis(10));
+        }
+        let lost: Vec<_> = recorder
+            .losses()
+            .iter()
+            .map(|loss| (loss.output, loss.events.load(Relaxed)))
+            .collect();
+        assert_eq!(lost, [("events", 0), ("ocsf", surplus as u64)]);
+        assert_eq!(recorder.lost(), 0, "the log has everything");
+        drop(release);
+        drop(recorder);
+        writer.finish();
+        let events = lines(&slow);
+        assert_eq!(events.len(), 1 + 1 + QUEUE);
+        let count = surplus as u64;
+        assert_eq!(events[1].kind, Kind::EventsLost { count });
     }
 }

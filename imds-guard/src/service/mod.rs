@@ -117,7 +117,7 @@ fn serve_from(
         |_| "unknown".into(),
         |name| name.to_string_lossy().into_owned(),
     );
-    let outputs = outputs::open(&settings.outputs)?;
+    let outputs = outputs::open(&settings.outputs, &host)?;
     let metrics = settings.metrics.as_ref().map(metrics::Door::open);
     let metrics = metrics.transpose()?;
     let (mut addresses, ipv6) = Addresses::claim(settings)?;
@@ -143,7 +143,6 @@ fn serve_from(
         .enable_all()
         .build()
         .context("the threads cannot be started")?;
-    let outputs = outputs::connect(outputs, &settings.outputs, &host)?;
     let (recorder, writer) =
         Recorder::start(&host, outputs).context("the event writer cannot be started")?;
     let hierarchy = probe::cgroup2_mount()?;

@@ -1,6 +1,6 @@
 //! Opens what events are written to.
 
-use std::{io, path::Path, sync::Arc};
+use std::{io, path::Path};
 
 use anyhow::Context as _;
 
@@ -10,36 +10,23 @@ use crate::{
     record::output::{Fold, Format, Journald, Lines, LogFile, Otlp, Outputs},
 };
 
-/// Opens all files: what is wrong with one is found out before anything is changed on this host.
+/// Opens all of them: what is wrong with one is found out before anything is changed on this host.
 ///
 /// # Errors
 /// One cannot be opened.
-pub fn open(settings: &OutputSettings) -> Result<Outputs, Failure> {
+pub fn open(settings: &OutputSettings, host: &str) -> Result<Outputs, Failure> {
     let mut outputs = Outputs::new(settings.fold.map(Fold::new));
     for (name, path) in settings.files() {
         outputs = outputs.with(name, lines(settings, name, path)?);
     }
-    Ok(outputs)
-}
-
-/// Adds what is no file, and has threads of its own.
-///
-/// # Errors
-/// A thread cannot be started.
-pub fn connect(
-    mut outputs: Outputs,
-    settings: &OutputSettings,
-    host: &str,
-) -> Result<Outputs, Failure> {
     if let Some(socket) = &settings.journald {
         let journald = Journald::to(socket).context("journald cannot be spoken to")?;
         outputs = outputs.with("journald", journald);
     }
     if let Some(collector) = &settings.otlp {
-        let lost = Arc::default();
-        let otlp = Otlp::start(host, collector.clone(), Arc::clone(&lost))
-            .context("OpenTelemetry logs cannot be sent")?;
-        outputs = outputs.counting("otlp", otlp, lost);
+        let otlp =
+            Otlp::to(host, collector.clone()).context("OpenTelemetry logs cannot be sent")?;
+        outputs = outputs.with("otlp", otlp);
     }
     Ok(outputs)
 }

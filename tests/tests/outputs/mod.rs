@@ -1,5 +1,7 @@
 //! Where else events go: journald, OpenTelemetry, OCSF, CloudWatch; metrics for Prometheus; the live screen.
 
+mod slow;
+
 use std::{
     collections::BTreeSet,
     fs,
@@ -284,10 +286,9 @@ fn otlp_is_what_a_collector_takes() {
     let mut collector = Helper(collector);
     let mut lines = BufReader::new(collector.0.stdout.take().unwrap()).lines();
     let port = lines.next().unwrap().unwrap();
-    let lost = Arc::default();
     let at = Collector::at(&format!("http://127.0.0.1:{port}")).unwrap();
-    let otlp = Otlp::start("ip-10-0-0-1", at, Arc::clone(&lost)).unwrap();
-    let outputs = Outputs::default().counting("otlp", otlp, Arc::clone(&lost));
+    let otlp = Otlp::to("ip-10-0-0-1", at).unwrap();
+    let outputs = Outputs::default().with("otlp", otlp);
     let (recorder, writer) = Recorder::start("ip-10-0-0-1", outputs).unwrap();
     recorder.record(Kind::Request(Box::new(a_request())));
     recorder.record(Kind::Request(Box::new(evil())));
@@ -301,7 +302,7 @@ fn otlp_is_what_a_collector_takes() {
     assert_eq!(attributes["systemd.unit"], "backup.service");
     let record: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
     assert_eq!(record["attributes"]["url.path"], EVIL);
-    assert_eq!(lost.load(std::sync::atomic::Ordering::Relaxed), 0);
+    assert_eq!(recorder.lost(), 0);
     drop(collector);
     drop(recorder);
     writer.finish();

@@ -35,10 +35,10 @@ impl Fold {
         }
     }
 
-    /// Keeps an event that is like an earlier one; gives back any other.
-    pub fn keep(&mut self, event: Event) -> Option<Event> {
+    /// Keeps an event that is like an earlier one. Returns whether it does.
+    pub fn keep(&mut self, event: &Event) -> bool {
         let Kind::Request(request) = &event.kind else {
-            return Some(event);
+            return false;
         };
         let key = key(request);
         let Some(calls) = self.calls.get_mut(&key) else {
@@ -51,13 +51,13 @@ impl Fold {
                 };
                 self.calls.insert(key, calls);
             }
-            return Some(event);
+            return false;
         };
         // Calls that are alike differ in their latency, and that of the last one is kept.
         let before = mem::replace(&mut calls.first.latency_us, request.latency_us);
         if calls.first != *request {
             calls.first.latency_us = before;
-            return Some(event);
+            return false;
         }
         let repeated = calls.repeated.get_or_insert_with(|| Folded {
             count: 0,
@@ -65,8 +65,8 @@ impl Fold {
             last: String::new(),
         });
         repeated.count += 1;
-        repeated.last = event.time;
-        None
+        repeated.last.clone_from(&event.time);
+        true
     }
 
     /// What has been kept for long enough.

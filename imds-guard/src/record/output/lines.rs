@@ -2,8 +2,8 @@
 
 use std::io::{self, Write};
 
-use super::{Lost, Output, chain::Chained, emf::Emf, file::LogFile, ocsf};
-use crate::record::{Event, Kind};
+use super::{Kept, Lost, Output, chain::Chained, emf::Emf, file::LogFile, ocsf};
+use crate::record::Event;
 
 /// Bytes that are written at once, more or less.
 const BATCH: usize = 64 * 1024;
@@ -13,9 +13,7 @@ pub struct Lines {
     format: Format,
     out: Out,
     batch: Vec<u8>,
-    /// What is lost if the batch is.
-    events: u64,
-    untold: u64,
+    kept: Kept,
 }
 
 /// What a line looks like.
@@ -67,8 +65,7 @@ impl Lines {
             format,
             out,
             batch: Vec::new(),
-            events: 0,
-            untold: 0,
+            kept: Kept::default(),
         }
     }
 
@@ -81,19 +78,14 @@ impl Lines {
             Out::File(file) => file.append(&self.batch),
         };
         self.batch.clear();
-        let events = std::mem::take(&mut self.events);
-        let untold = std::mem::take(&mut self.untold);
+        let mut kept = std::mem::take(&mut self.kept);
         if let Format::Chained(Some(chain)) = &mut self.format {
             match written {
                 Ok(()) => chain.commit(),
                 Err(_) => chain.roll_back(),
             }
         }
-        written.map_err(|error| Lost {
-            events,
-            untold,
-            error,
-        })
+        written.map_err(|error| kept.lost(error))
     }
 }
 
@@ -124,10 +116,8 @@ impl Output for Lines {
             Format::Ocsf => ocsf::write(event, &mut self.batch),
             Format::Emf(emf) => emf.write(event, &mut self.batch),
         }
-        match event.kind {
-            _ if self.batch.len() == before => {}
-            Kind::EventsLost { count } => self.untold += count,
-            _ => self.events += 1,
+        if self.batch.len() > before {
+            self.kept.add(event);
         }
         if self.batch.len() < BATCH {
             return Ok(());
@@ -138,11 +128,7 @@ impl Output for Lines {
     fn flush(&mut self) -> Result<(), Lost> {
         self.write_batch()?;
         if let Out::File(file) = &mut self.out {
-            file.settle().map_err(|error| Lost {
-                events: 0,
-                untold: 0,
-                error,
-            })?;
+            file.settle().map_err(|error| Kept::default().lost(error))?;
         }
         Ok(())
     }

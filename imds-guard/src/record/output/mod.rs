@@ -9,14 +9,12 @@ mod journald;
 mod lines;
 mod ocsf;
 mod otlp;
+mod spread;
+mod tracked;
 
 use std::{
     io,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    time::Instant,
+    sync::{Arc, atomic::AtomicU64},
 };
 
 pub use archive::{in_names, read, segments, until};
@@ -27,7 +25,12 @@ pub use journald::{Journald, SOCKET as JOURNALD};
 pub use lines::{Format, Lines};
 pub use otlp::{Collector, Otlp};
 
-use super::{Event, Kind};
+use super::{
+    Event, Kind,
+    queue::{Ending, Queue},
+};
+pub(super) use spread::Spread;
+use tracked::Tracked;
 
 /// Takes events, and may keep some of them until it is flushed.
 pub trait Output: Send {
@@ -42,41 +45,62 @@ pub trait Output: Send {
     /// # Errors
     /// What it had kept is lost.
     fn flush(&mut self) -> Result<(), Lost>;
+
+    /// Passes on what it has kept, as nothing more will come.
+    ///
+    /// # Errors
+    /// What it had kept is lost.
+    fn finish(&mut self) -> Result<(), Lost> {
+        self.flush()
+    }
 }
 
 /// Events that could not be passed on.
 #[derive(Debug)]
 pub struct Lost {
-    /// How many.
-    pub events: u64,
-    /// How many were lost earlier, and should have been told of now.
-    pub untold: u64,
+    /// What they stood for.
+    pub kept: Kept,
     /// Why.
     pub error: io::Error,
+}
+
+/// What an output has kept, and loses if it cannot pass it on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// How many events; a line of calls that were folded stands for as many.
+    pub events: u64,
+    /// How many were lost earlier, and are told of by what is kept.
+    pub told: u64,
+}
+
+impl Kept {
+    /// With one more.
+    pub fn add(&mut self, event: &Event) {
+        match event.kind {
+            Kind::EventsLost { count } => self.told += count,
+            _ => self.events += event.calls(),
+        }
+    }
+
+    /// None of it could be passed on.
+    #[must_use]
+    pub fn lost(&mut self, error: io::Error) -> Lost {
+        let kept = std::mem::take(self);
+        Lost { kept, error }
+    }
 }
 
 impl Lost {
     /// This event.
     #[must_use]
     pub fn event(event: &Event, error: io::Error) -> Self {
-        let mut lost = Self {
-            events: 0,
-            untold: 0,
-            error,
-        };
-        lost.count(event);
-        lost
-    }
-
-    fn count(&mut self, event: &Event) {
-        match event.kind {
-            Kind::EventsLost { count } => self.untold += count,
-            _ => self.events += 1,
-        }
+        let mut kept = Kept::default();
+        kept.add(event);
+        Self { kept, error }
     }
 }
 
-/// All outputs of a guard.
+/// All outputs of a guard. The first is the event log.
 #[derive(Default)]
 pub struct Outputs {
     outputs: Vec<Tracked>,
@@ -90,15 +114,6 @@ pub struct Loss {
     pub output: &'static str,
     /// How many since the start.
     pub events: Arc<AtomicU64>,
-}
-
-/// An output, and what it has lost.
-struct Tracked {
-    output: Box<dyn Output>,
-    loss: Loss,
-    /// What it has not been told of.
-    unreported: u64,
-    fails: bool,
 }
 
 impl Outputs {
@@ -119,118 +134,34 @@ impl Outputs {
 
     /// With one more.
     #[must_use]
-    pub fn with(self, name: &'static str, output: impl Output + 'static) -> Self {
-        self.counting(name, output, Arc::default())
-    }
-
-    /// With one more that counts by itself what it loses later.
-    #[must_use]
-    pub fn counting(
-        mut self,
-        output: &'static str,
-        taker: impl Output + 'static,
-        lost: Arc<AtomicU64>,
-    ) -> Self {
-        self.outputs.push(Tracked {
-            output: Box::new(taker),
-            loss: Loss {
-                output,
-                events: lost,
-            },
-            unreported: 0,
-            fails: false,
-        });
+    pub fn with(mut self, name: &'static str, output: impl Output + 'static) -> Self {
+        self.outputs.push(Tracked::new(name, Box::new(output)));
         self
     }
 
     /// What each has lost, now and from now on.
     #[must_use]
     pub fn losses(&self) -> Vec<Loss> {
-        self.outputs.iter().map(|it| it.loss.clone()).collect()
+        self.outputs.iter().map(|it| it.loss().clone()).collect()
     }
 
-    /// Tells all of events that never reached them.
-    pub fn missed(&mut self, events: u64) {
-        for output in &mut self.outputs {
-            output.unreported += events;
+    /// Starts a thread for each but the first, which is the caller's to write to.
+    pub(super) fn start(self) -> io::Result<(Spread, Vec<Ending>)> {
+        let mut outputs = self.outputs.into_iter();
+        let first = outputs.next();
+        let (mut others, mut endings) = (Vec::new(), Vec::new());
+        for output in outputs {
+            let loss = output.loss().clone();
+            let (queue, ending) = Queue::start(loss.output, loss.events, output)?;
+            others.push(queue);
+            endings.push(ending);
         }
-    }
-
-    /// Passes on an event.
-    pub fn write(&mut self, event: Event, line: &[u8]) {
-        let Some(fold) = &mut self.fold else {
-            return self.pass_on(&event, line);
+        let spread = Spread {
+            fold: self.fold,
+            first,
+            others,
         };
-        if let Some(event) = fold.keep(event) {
-            self.pass_on(&event, line);
-        }
-    }
-
-    /// Passes on what was kept.
-    pub fn flush(&mut self, now: Instant) {
-        let due = self.fold.as_mut().map(|fold| fold.due(now));
-        self.pass_on_all(due.unwrap_or_default());
-        for output in &mut self.outputs {
-            let flushed = output.output.flush();
-            output.note(flushed);
-        }
-    }
-
-    /// Passes on the last.
-    pub fn finish(&mut self) {
-        let rest = self.fold.as_mut().map(Fold::rest);
-        self.pass_on_all(rest.unwrap_or_default());
-        self.flush(Instant::now());
-    }
-
-    fn pass_on_all(&mut self, events: Vec<Event>) {
-        for event in events {
-            if let Some(line) = line(&event) {
-                self.pass_on(&event, &line);
-            }
-        }
-    }
-
-    fn pass_on(&mut self, event: &Event, line: &[u8]) {
-        for output in &mut self.outputs {
-            output.write(event, line);
-        }
-    }
-}
-
-impl Tracked {
-    fn write(&mut self, event: &Event, json: &[u8]) {
-        if self.unreported > 0 {
-            let count = std::mem::take(&mut self.unreported);
-            let lost = Event::now(&event.host, Kind::EventsLost { count });
-            if let Some(json) = line(&lost) {
-                let told = self.output.write(&lost, &json);
-                self.note(told);
-            }
-        }
-        let written = self.output.write(event, json);
-        self.note(written);
-    }
-
-    /// Counts what is lost; says once that it is, and once that it is not any more.
-    fn note(&mut self, result: Result<(), Lost>) {
-        let name = self.loss.output;
-        match result {
-            Ok(()) if self.fails => log::warn!("{name}: events can be written again"),
-            Ok(()) => return,
-            Err(lost) => {
-                self.unreported += lost.events + lost.untold;
-                self.loss.events.fetch_add(lost.events, Relaxed);
-                if self.fails {
-                    return;
-                }
-                log::error!(
-                    "{name}: events cannot be written and are counted as lost: {}",
-                    lost.error
-                );
-            }
-        }
-        self.fails = !self.fails;
+        Ok((spread, endings))
     }
 }
 

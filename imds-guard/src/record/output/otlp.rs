@@ -1,13 +1,7 @@
 //! Events as OpenTelemetry logs, sent to a collector as protobuf over HTTP (OTLP 1.x, `/v1/logs`).
 
 use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
-    },
-    thread::{self, JoinHandle},
+    io, thread,
     time::{Duration, Instant},
 };
 
@@ -25,15 +19,14 @@ use opentelemetry_proto::tonic::{
     resource::v1::Resource,
 };
 use prost::Message as _;
+use tokio::runtime::Runtime;
 
-use super::{Lost, Output};
+use super::{Kept, Lost, Output};
 use crate::{
     policy::{Imds, Verdict},
     record::{Event, Kind, words},
 };
 
-/// Events that may wait for the collector.
-const QUEUE: usize = 8192;
 /// Events in one message, and how long they wait for each other.
 const BATCH: usize = 512;
 const BATCH_TIME: Duration = Duration::from_secs(1);
@@ -47,10 +40,23 @@ const PAUSE: Duration = Duration::from_millis(250);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Collector(Uri);
 
-/// Hands events to the thread that sends them.
+/// Sends events to a collector, some at a time.
 pub struct Otlp {
-    queue: Option<SyncSender<LogRecord>>,
-    sender: Option<JoinHandle<()>>,
+    runtime: Runtime,
+    client: Client<HttpConnector, Full<Bytes>>,
+    collector: Collector,
+    resource: Resource,
+    batch: Vec<LogRecord>,
+    kept: Kept,
+    /// When the oldest of the batch came.
+    begun: Instant,
+}
+
+/// Why the collector has not taken a message.
+struct Refused {
+    why: String,
+    /// Whether it will not take it later, either.
+    is_final: bool,
 }
 
 impl Collector {
@@ -73,140 +79,107 @@ impl Collector {
 }
 
 impl Otlp {
-    /// Starts the thread that sends. What it cannot deliver is counted.
+    /// Sends to this collector. It may come later.
     ///
     /// # Errors
-    /// It cannot be started.
-    pub fn start(host: &str, collector: Collector, lost: Arc<AtomicU64>) -> io::Result<Self> {
-        let (queue, records) = sync_channel(QUEUE);
-        let resource = Resource {
-            attributes: vec![
-                text("service.name", "imds-guard"),
-                text("service.version", env!("CARGO_PKG_VERSION")),
-                text("host.name", host),
-            ],
-            ..Resource::default()
-        };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        let sender = thread::Builder::new().name("otlp".into()).spawn(move || {
-            let client = Client::builder(TokioExecutor::new()).build_http();
-            runtime.block_on(send_all(&records, &client, &collector, &resource, &lost));
-        })?;
+    /// The system does not let it.
+    pub fn to(host: &str, collector: Collector) -> io::Result<Self> {
         Ok(Self {
-            queue: Some(queue),
-            sender: Some(sender),
+            runtime: tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?,
+            client: Client::builder(TokioExecutor::new()).build_http(),
+            collector,
+            resource: Resource {
+                attributes: vec![
+                    text("service.name", "imds-guard"),
+                    text("service.version", env!("CARGO_PKG_VERSION")),
+                    text("host.name", host),
+                ],
+                ..Resource::default()
+            },
+            batch: Vec::new(),
+            kept: Kept::default(),
+            begun: Instant::now(),
+        })
+    }
+
+    /// Sends the batch, again if the collector says that it may take it later.
+    fn send(&mut self, tries: u32) -> Result<(), Lost> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        let message = message(&self.resource, std::mem::take(&mut self.batch));
+        let mut pause = PAUSE;
+        for tries_left in (0..tries).rev() {
+            match self.runtime.block_on(self.post(&message)) {
+                Ok(()) => break,
+                Err(Refused { why, is_final }) if is_final || tries_left == 0 => {
+                    return Err(self.kept.lost(io::Error::other(why)));
+                }
+                Err(_) => thread::sleep(pause),
+            }
+            pause *= 2;
+        }
+        self.kept = Kept::default();
+        Ok(())
+    }
+
+    async fn post(&self, message: &Bytes) -> Result<(), Refused> {
+        let again = |why| Refused {
+            why,
+            is_final: false,
+        };
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(&self.collector.0)
+            .header(CONTENT_TYPE, "application/x-protobuf")
+            .body(Full::new(message.clone()))
+            .map_err(|error| again(error.to_string()))?;
+        let answer = tokio::time::timeout(PATIENCE, self.client.request(request))
+            .await
+            .map_err(|_elapsed| again(format!("no answer within {PATIENCE:?}")))?
+            .map_err(|error| again(error.to_string()))?;
+        if answer.status().is_success() {
+            return Ok(());
+        }
+        Err(Refused {
+            why: format!("the collector answers {}", answer.status()),
+            // All but those that a client may try again (OTLP, "Failures").
+            is_final: !matches!(
+                answer.status(),
+                StatusCode::TOO_MANY_REQUESTS
+                    | StatusCode::BAD_GATEWAY
+                    | StatusCode::SERVICE_UNAVAILABLE
+                    | StatusCode::GATEWAY_TIMEOUT
+            ),
         })
     }
 }
 
 impl Output for Otlp {
     fn write(&mut self, event: &Event, _line: &[u8]) -> Result<(), Lost> {
-        let queue = self.queue.as_ref();
-        let sent = queue.is_some_and(|queue| queue.try_send(record(event)).is_ok());
-        match sent {
-            true => Ok(()),
-            false => Err(Lost::event(
-                event,
-                io::Error::other("the collector is too slow, or does not answer"),
-            )),
+        if self.batch.is_empty() {
+            self.begun = Instant::now();
         }
+        self.batch.push(record(event));
+        self.kept.add(event);
+        if self.batch.len() < BATCH {
+            return Ok(());
+        }
+        self.send(TRIES)
     }
 
     fn flush(&mut self) -> Result<(), Lost> {
-        Ok(())
-    }
-}
-
-impl Drop for Otlp {
-    fn drop(&mut self) {
-        self.queue = None;
-        if let Some(sender) = self.sender.take() {
-            // Its tries are bounded.
-            let _panicked = sender.join();
+        if self.begun.elapsed() < BATCH_TIME {
+            return Ok(());
         }
+        self.send(TRIES)
     }
-}
 
-async fn send_all(
-    records: &Receiver<LogRecord>,
-    client: &Client<HttpConnector, Full<Bytes>>,
-    collector: &Collector,
-    resource: &Resource,
-    lost: &AtomicU64,
-) {
-    let mut fails = false;
-    loop {
-        let Ok(first) = records.recv() else { return };
-        let mut batch = vec![first];
-        let until = Instant::now() + BATCH_TIME;
-        let is_last = loop {
-            if batch.len() == BATCH {
-                break false;
-            }
-            match records.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(record) => batch.push(record),
-                Err(RecvTimeoutError::Timeout) => break false,
-                Err(RecvTimeoutError::Disconnected) => break true,
-            }
-        };
-        let events = batch.len() as u64;
-        match send(client, collector, message(resource, batch), is_last).await {
-            Ok(()) if fails => {
-                log::warn!("otlp: events can be sent again");
-                fails = false;
-            }
-            Ok(()) => {}
-            Err(why) => {
-                lost.fetch_add(events, Relaxed);
-                if !fails {
-                    log::error!("otlp: events cannot be sent and are counted as lost: {why}");
-                }
-                fails = true;
-            }
-        }
+    fn finish(&mut self) -> Result<(), Lost> {
+        self.send(1)
     }
-}
-
-/// Sends a message, again if the collector says that it may take it later.
-async fn send(
-    client: &Client<HttpConnector, Full<Bytes>>,
-    collector: &Collector,
-    message: Bytes,
-    is_last: bool,
-) -> Result<(), String> {
-    let mut pause = PAUSE;
-    let mut why = String::new();
-    for _try in 0..if is_last { 1 } else { TRIES } {
-        let request = Request::builder()
-            .method(Method::POST)
-            .uri(&collector.0)
-            .header(CONTENT_TYPE, "application/x-protobuf")
-            .body(Full::new(message.clone()))
-            .map_err(|error| error.to_string())?;
-        match tokio::time::timeout(PATIENCE, client.request(request)).await {
-            Ok(Ok(answer)) if answer.status().is_success() => return Ok(()),
-            Ok(Ok(answer)) => {
-                why = format!("the collector answers {}", answer.status());
-                // Those that a client may try again (OTLP, "Failures").
-                if !matches!(
-                    answer.status(),
-                    StatusCode::TOO_MANY_REQUESTS
-                        | StatusCode::BAD_GATEWAY
-                        | StatusCode::SERVICE_UNAVAILABLE
-                        | StatusCode::GATEWAY_TIMEOUT
-                ) {
-                    return Err(why);
-                }
-            }
-            Ok(Err(error)) => why = error.to_string(),
-            Err(_elapsed) => why = format!("no answer within {PATIENCE:?}"),
-        }
-        tokio::time::sleep(pause).await;
-        pause *= 2;
-    }
-    Err(why)
 }
 
 fn message(resource: &Resource, log_records: Vec<LogRecord>) -> Bytes {
