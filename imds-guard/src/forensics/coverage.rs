@@ -98,11 +98,11 @@ pub struct Gap {
 
 impl Coverage {
     /// Takes an event into account, in any order.
-    pub(super) fn add(&mut self, line: &Line<'_>) {
+    pub(super) fn add(&mut self, host: &str, line: &Line<'_>) {
         let Some(minute) = self.minute(&line.time) else {
             return;
         };
-        let host = self.host(line.host.as_str());
+        let host = self.host(host);
         // The last of a line that stands for many is when it was written.
         *host.heard.entry(minute.div_euclid(64)).or_default() |= 1 << minute.rem_euclid(64);
         if line.event == Lifecycle::Packet && line.verdict == Some(Verdict::Audit) {
@@ -118,14 +118,13 @@ impl Coverage {
     }
 
     /// Takes an event of before into account: was the host watched then?
-    pub(super) fn before(&mut self, line: &Line<'_>) {
+    pub(super) fn before(&mut self, host: &str, line: &Line<'_>) {
         let Some(what) = What::of(line) else { return };
         let Some(minute) = self.minute(&line.time) else {
             return;
         };
         let time = line.time.to_string();
-        self.host(line.host.as_str())
-            .precede(Turn { time, minute, what });
+        self.host(host).precede(Turn { time, minute, what });
     }
 
     /// Takes what another thread has read.

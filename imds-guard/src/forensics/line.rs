@@ -25,6 +25,8 @@ pub struct Line<'a> {
     pub time: Time<'a>,
     #[serde(borrow)]
     pub host: Text<'a>,
+    #[serde(borrow)]
+    pub instance: Option<Text<'a>>,
     pub event: Lifecycle,
 
     pub verdict: Option<Verdict>,
@@ -132,6 +134,18 @@ pub struct Pod<'a> {
 pub struct Parent<'a> {
     #[serde(borrow)]
     pub exe: Option<Text<'a>>,
+}
+
+impl Line<'_> {
+    /// Puts into `name` what the host is called: with its instance where that is known, as names are not
+    /// unique.
+    pub fn name_host(&self, name: &mut String) {
+        name.clear();
+        name.push_str(self.host.as_str());
+        if let Some(instance) = text(&self.instance) {
+            name.extend([" (", instance, ")"]);
+        }
+    }
 }
 
 impl Text<'_> {

@@ -169,6 +169,8 @@ pub struct Summary {
     pub first: String,
     /// See `first`.
     pub last: String,
+    /// Kept for what is looked up for each line.
+    host: String,
     key: String,
     /// How many more names may be remembered.
     room: Room,
@@ -197,13 +199,14 @@ impl Summary {
     /// Takes a line into account.
     pub(super) fn add(&mut self, line: &Line<'_>) {
         let time: &str = &line.time;
+        line.name_host(&mut self.host);
         if time < self.since.as_str() {
-            self.coverage.before(line);
+            self.coverage.before(&self.host, line);
             return;
         }
         self.events += 1;
         widen(&mut self.first, &mut self.last, time);
-        self.coverage.add(line);
+        self.coverage.add(&self.host, line);
         if line.event != Lifecycle::Request {
             return;
         }
@@ -216,7 +219,7 @@ impl Summary {
             Some((_, caller)) => caller,
             None => new(&mut self.callers, &self.key, from),
         };
-        caller.add(line, from, count, &mut self.room);
+        caller.add(line, from, &self.host, count, &mut self.room);
     }
 
     /// Counts a line that is no event.
@@ -299,7 +302,14 @@ impl Summary {
 }
 
 impl Caller {
-    fn add(&mut self, line: &Line<'_>, from: &LineCaller<'_>, count: u64, room: &mut Room) {
+    fn add(
+        &mut self,
+        line: &Line<'_>,
+        from: &LineCaller<'_>,
+        host: &str,
+        count: u64,
+        room: &mut Room,
+    ) {
         self.calls.add(line, count);
         if line.imds != Some(Imds::V1) {
             return;
@@ -308,7 +318,7 @@ impl Caller {
         let path = text(&line.path).unwrap_or_default();
         let paths = self.paths.entry(Wanted::of(path)).or_default();
         room.tally(paths, path, count, MOST_PATHS);
-        room.tally(&mut self.hosts, line.host.as_str(), count, MOST_HOSTS);
+        room.tally(&mut self.hosts, host, count, MOST_HOSTS);
         if let Some(agent) = text(&line.user_agent) {
             room.tally(&mut self.user_agents, agent, count, MOST_NAMES);
         }

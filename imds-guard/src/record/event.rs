@@ -24,14 +24,35 @@ pub struct Event {
     pub schema: u32,
     /// When it happened (RFC 3339, UTC, microseconds).
     pub time: String,
-    /// Name of the host.
-    pub host: String,
+    /// Where it happened.
+    #[serde(flatten)]
+    pub host: Host,
     /// What happened.
     #[serde(flatten)]
     pub kind: Kind,
     /// Its place in a chain of events, if the log is chained.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub chain: Option<Chain>,
+}
+
+/// The host that an event comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Host {
+    /// Its name; on EC2 that of its private address, which several networks can have.
+    #[serde(rename = "host")]
+    pub name: String,
+    /// Id of the EC2 instance, where its firmware tells it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub instance: Option<String>,
+}
+
+impl From<&str> for Host {
+    fn from(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            instance: None,
+        }
+    }
 }
 
 /// The place of an event in a chain, which shows what was altered, taken out or moved.
@@ -464,11 +485,11 @@ impl Kind {
 impl Event {
     /// An event of now.
     #[must_use]
-    pub fn now(host: &str, kind: Kind) -> Self {
+    pub fn now(host: &Host, kind: Kind) -> Self {
         Self {
             schema: SCHEMA_VERSION,
             time: format!("{:.6}", Timestamp::now()),
-            host: host.to_owned(),
+            host: host.clone(),
             kind,
             chain: None,
         }

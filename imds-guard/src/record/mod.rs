@@ -9,9 +9,9 @@ mod tally;
 mod words;
 
 pub use event::{
-    ALIVE, AnsweredBy, By, Chain, Change, ConnectionRefusal, Counts, Endpoint, Event, Folded, Kind,
-    Latency, Layer, Packet, PolicyChange, RefusedConnection, Request, RuleExpired, SCHEMA_VERSION,
-    Started, Stopped, Unwatched, UpstreamFailure, UpstreamFailureKind,
+    ALIVE, AnsweredBy, By, Chain, Change, ConnectionRefusal, Counts, Endpoint, Event, Folded, Host,
+    Kind, Latency, Layer, Packet, PolicyChange, RefusedConnection, Request, RuleExpired,
+    SCHEMA_VERSION, Started, Stopped, Unwatched, UpstreamFailure, UpstreamFailureKind,
 };
 pub use metrics::Metrics;
 pub use sink::{Lines, Recorder, Writer};

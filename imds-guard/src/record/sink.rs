@@ -9,7 +9,7 @@ use std::{
 use tokio::sync::broadcast;
 
 use super::{
-    Event, Kind,
+    Event, Host, Kind,
     output::{Loss, Outputs},
     queue::{Ending, Queue, Recorded},
 };
@@ -24,7 +24,7 @@ const LAST_WRITES: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Recorder {
     queue: Queue,
-    host: Arc<str>,
+    host: Arc<Host>,
     listeners: broadcast::Sender<Arc<[u8]>>,
     losses: Arc<[Loss]>,
 }
@@ -43,14 +43,14 @@ impl Recorder {
     ///
     /// # Errors
     /// A thread could not be started.
-    pub fn start(host: &str, outputs: Outputs) -> io::Result<(Self, Writer)> {
+    pub fn start(host: impl Into<Host>, outputs: Outputs) -> io::Result<(Self, Writer)> {
         let losses = outputs.losses().into();
         let (spread, mut endings) = outputs.start()?;
         let (queue, ending) = Queue::start("events", Arc::default(), spread)?;
         endings.insert(0, ending);
         let recorder = Self {
             queue,
-            host: host.into(),
+            host: Arc::new(host.into()),
             listeners: broadcast::Sender::new(LISTENED),
             losses,
         };

@@ -3,6 +3,7 @@
 
 mod files;
 mod handover;
+mod host;
 mod metrics;
 mod outputs;
 mod privileges;
@@ -113,10 +114,7 @@ fn serve_from(
     pins: &Pins,
     mut post: Post,
 ) -> Result<(), Failure> {
-    let host = nix::unistd::gethostname().map_or_else(
-        |_| "unknown".into(),
-        |name| name.to_string_lossy().into_owned(),
-    );
+    let host = host::this();
     let outputs = outputs::open(&settings.outputs, &host)?;
     let metrics = settings.metrics.as_ref().map(metrics::Door::open);
     let metrics = metrics.transpose()?;
@@ -144,7 +142,7 @@ fn serve_from(
         .build()
         .context("the threads cannot be started")?;
     let (recorder, writer) =
-        Recorder::start(&host, outputs).context("the event writer cannot be started")?;
+        Recorder::start(host, outputs).context("the event writer cannot be started")?;
     let hierarchy = probe::cgroup2_mount()?;
     let workloads = {
         let _within = runtime.enter();

@@ -7,14 +7,17 @@ use anyhow::Context as _;
 use crate::{
     config::OutputSettings,
     failure::Failure,
-    record::output::{Fold, Format, Journald, Lines, LogFile, Otlp, Outputs},
+    record::{
+        Host,
+        output::{Fold, Format, Journald, Lines, LogFile, Otlp, Outputs},
+    },
 };
 
 /// Opens all of them: what is wrong with one is found out before anything is changed on this host.
 ///
 /// # Errors
 /// One cannot be opened.
-pub fn open(settings: &OutputSettings, host: &str) -> Result<Outputs, Failure> {
+pub fn open(settings: &OutputSettings, host: &Host) -> Result<Outputs, Failure> {
     let mut outputs = Outputs::new(settings.fold.map(Fold::new));
     for (name, path) in settings.files() {
         outputs = outputs.with(name, lines(settings, name, path)?);

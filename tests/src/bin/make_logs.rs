@@ -155,7 +155,7 @@ fn write(out: &mut impl Write, host: &str, time: Timestamp, kind: Kind) -> anyho
     let event = Event {
         schema: SCHEMA_VERSION,
         time: format!("{time:.6}"),
-        host: host.to_owned(),
+        host: host.into(),
         kind,
         chain: None,
     };

@@ -491,6 +491,27 @@ fn a_report_reads_each_line_once_and_only_what_it_is_asked_for() {
     assert!(!page.contains("refresh") && !page.contains('\u{1b}'));
 }
 
+/// Hosts in several networks can have one name; what one of them says does not stand for the other.
+#[test]
+fn hosts_of_one_name_are_told_apart_by_instance() {
+    let folder = Folder::new("namesakes");
+    let alive = line_of("ip-10-0-0-1", Kind::Alive(Stopped::default()));
+    for instance in ["i-0000000000000000a", "i-0000000000000000b"] {
+        fs::create_dir(folder.path().join(instance)).unwrap();
+        let name = "\"host\":\"ip-10-0-0-1\"";
+        let line = alive.replace(name, &format!("{name},\"instance\":\"{instance}\""));
+        fs::write(
+            folder.path().join(instance).join("events.jsonl"),
+            line + "\n",
+        )
+        .unwrap();
+    }
+    let said = json(&guard("ready", folder.path(), &["--json"]));
+    assert_eq!(said["hosts"], 2, "{said}");
+    assert_eq!(said["gaps"].as_array().unwrap().len(), 2, "{said}");
+    assert_eq!(said["gaps"][1]["host"], "ip-10-0-0-1 (i-0000000000000000b)");
+}
+
 /// A program is the same caller before and after it was updated.
 #[test]
 fn a_replaced_program_is_one_caller() {

@@ -101,7 +101,7 @@ for line in open(sys.argv[2]):
 }
 
 fn event(request: Request) -> Event {
-    Event::now("ip-10-0-0-1", Kind::Request(Box::new(request)))
+    Event::now(&"ip-10-0-0-1".into(), Kind::Request(Box::new(request)))
 }
 
 /// F2 and the format: as Amazon Security Lake takes it.
@@ -118,7 +118,7 @@ fn f2_ocsf_fits_the_schema_whatever_callers_say() {
         event(a_request()),
         event(evil()),
         event(allowed),
-        Event::now("h", Kind::EventsLost { count: 1 }),
+        Event::now(&"h".into(), Kind::EventsLost { count: 1 }),
     ];
     let lines = fitting(Format::Ocsf, include_str!("ocsf.schema.json"), &events);
     assert_eq!(lines.len(), 3, "only requests have a place in the class");
@@ -287,7 +287,7 @@ fn otlp_is_what_a_collector_takes() {
     let mut lines = BufReader::new(collector.0.stdout.take().unwrap()).lines();
     let port = lines.next().unwrap().unwrap();
     let at = Collector::at(&format!("http://127.0.0.1:{port}")).unwrap();
-    let otlp = Otlp::to("ip-10-0-0-1", at).unwrap();
+    let otlp = Otlp::to(&"ip-10-0-0-1".into(), at).unwrap();
     let outputs = Outputs::default().with("otlp", otlp);
     let (recorder, writer) = Recorder::start("ip-10-0-0-1", outputs).unwrap();
     recorder.record(Kind::Request(Box::new(a_request())));
@@ -457,6 +457,17 @@ fn a_handover_keeps_the_chain_and_the_metrics() {
         .filter(|line| line.contains("\"adopted\":true"))
         .count();
     assert_eq!(adopted, 1, "{text}");
+    // Readiness sees that one guard followed the other.
+    let ready = run(Command::new(GUARD)
+        .args(["ready", "--elastic", "--json"])
+        .arg(folder.log()));
+    let said: Value = serde_json::from_slice(&ready.stdout).unwrap();
+    let gaps = said["gaps"][0]["gaps"].as_array().unwrap();
+    let why: BTreeSet<_> = gaps.iter().map(|it| it["why"].as_str().unwrap()).collect();
+    // The lab is but a part of this machine.
+    let of_the_lab = "only one cgroup was watched (--cgroup)";
+    assert_eq!(why, [of_the_lab].into(), "{said}");
+    assert_eq!(said["v1_needed"], 2);
 }
 
 /// Dashboard and alerts ask for metrics that are there; Prometheus takes the alerts, and they fire when they

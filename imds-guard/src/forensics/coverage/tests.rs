@@ -10,9 +10,9 @@ fn gaps(events: &[(i64, &str)], elastic: bool) -> Vec<String> {
         let text = format!(r#"{{"schema":1,"time":"{time:.6}","host":"h",{rest}}}"#);
         let line: Line<'_> = serde_json::from_str(&text).unwrap();
         if *minute < 0 {
-            coverage.before(&line);
+            coverage.before("h", &line);
         } else {
-            coverage.add(&line);
+            coverage.add("h", &line);
         }
     }
     let begin = Timestamp::from_second(1_790_000_000 / 86_400 * 86_400).unwrap();
@@ -177,6 +177,6 @@ fn hosts_that_come_and_go_say_when_they_go() {
     );
     let mut coverage = Coverage::default();
     let text = format!(r#"{{"time":"2026-01-01T00:00:00Z","host":"h",{ALIVE}}}"#);
-    coverage.before(&serde_json::from_str(&text).unwrap());
+    coverage.before("h", &serde_json::from_str(&text).unwrap());
     assert_eq!(coverage.hosts(), 0, "of before");
 }

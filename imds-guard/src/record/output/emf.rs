@@ -54,7 +54,7 @@ impl Emf {
                     ],
                 }],
             },
-            "Host": dimension(&event.host),
+            "Host": dimension(&event.host.name),
             "Process": self.process(dimension(&label(&request.caller))),
             "MetadataNoToken": calls,
             "MetadataNoTokenRejected": refused,

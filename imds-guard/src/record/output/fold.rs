@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::record::{Event, Folded, Kind, Request};
+use crate::record::{Event, Folded, Host, Kind, Request};
 
 /// Kinds of call that are kept in mind. Others are not folded.
 const MOST: usize = 4096;
@@ -20,7 +20,7 @@ pub struct Fold {
 
 struct Calls {
     since: Instant,
-    host: String,
+    host: Host,
     first: Box<Request>,
     repeated: Option<Folded>,
 }

@@ -59,7 +59,11 @@ pub fn activity(event: &Event, request: &Request) -> Value {
             "log_name": "events",
             "original_time": event.time,
         },
-        "device": {"hostname": event.host, "type_id": 1},
+        "device": some([
+            ("hostname", Some(json!(event.host.name))),
+            ("instance_uid", event.host.instance.as_ref().map(|it| json!(it))),
+            ("type_id", Some(json!(1))),
+        ]),
         "actor": actor(&request.caller),
         "http_request": some([
             ("http_method", Some(json!(request.method))),
@@ -68,7 +72,7 @@ pub fn activity(event: &Event, request: &Request) -> Value {
         ]),
         "http_response": {"code": request.status},
         "src_endpoint": some([
-            ("hostname", Some(json!(event.host))),
+            ("hostname", Some(json!(event.host.name))),
             ("uid", request.caller.container_id.as_ref().map(|it| json!(it))),
         ]),
         "dst_endpoint": {"ip": address, "port": 80, "svc_name": "imds"},

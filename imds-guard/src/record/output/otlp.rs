@@ -24,7 +24,7 @@ use tokio::runtime::Runtime;
 use super::{Kept, Lost, Output};
 use crate::{
     policy::{Imds, Verdict},
-    record::{Event, Kind, words},
+    record::{Event, Host, Kind, words},
 };
 
 /// Events in one message, and how long they wait for each other.
@@ -83,7 +83,13 @@ impl Otlp {
     ///
     /// # Errors
     /// The system does not let it.
-    pub fn to(host: &str, collector: Collector) -> io::Result<Self> {
+    pub fn to(host: &Host, collector: Collector) -> io::Result<Self> {
+        let mut attributes = vec![
+            text("service.name", "imds-guard"),
+            text("service.version", env!("CARGO_PKG_VERSION")),
+            text("host.name", &host.name),
+        ];
+        attributes.extend(host.instance.iter().map(|id| text("host.id", id)));
         Ok(Self {
             runtime: tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -91,11 +97,7 @@ impl Otlp {
             client: Client::builder(TokioExecutor::new()).build_http(),
             collector,
             resource: Resource {
-                attributes: vec![
-                    text("service.name", "imds-guard"),
-                    text("service.version", env!("CARGO_PKG_VERSION")),
-                    text("host.name", host),
-                ],
+                attributes,
                 ..Resource::default()
             },
             batch: Vec::new(),
