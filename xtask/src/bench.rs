@@ -24,7 +24,7 @@ pub fn run(args: &[OsString]) -> Result<()> {
             .args(["--package", "imds-guard-tests", "--bins"])
             .current_dir(workspace()),
     )?;
-    for bench in ["bench-rules", "bench-events"] {
+    for bench in ["bench-rules", "bench-events", "bench-report"] {
         process::run(
             Command::new(cargo())
                 .args(["run", "--release", "--locked"])
