@@ -203,6 +203,14 @@ fn print_guard(guard: &Status) {
     for (output, events) in guard.lost_by_output.iter().filter(|(_, lost)| **lost > 0) {
         lost += &format!(", {output} lost {events}");
     }
+    for (output, removed) in guard
+        .removed_by_output
+        .iter()
+        .filter(|(_, it)| it.files > 0)
+    {
+        let (files, kib) = (removed.files, removed.bytes.div_ceil(1024));
+        lost += &format!("; {files} old files of {output} removed to make room ({kib} KiB)");
+    }
     println!("{lost}");
     match standing.files.is_empty() {
         true => println!("files       none: defaults, environment and command line hold"),

@@ -105,6 +105,19 @@ pub struct Status {
     /// Events that one output has lost by itself, by the key that names it.
     #[serde(default)]
     pub lost_by_output: BTreeMap<String, u64>,
+    /// Old files of events that were removed to make room, by the same keys.
+    #[serde(default)]
+    pub removed_by_output: BTreeMap<String, RemovedFiles>,
+}
+
+/// Files of events that were removed since the guard was started, as all would be too large, or the
+/// disk was full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RemovedFiles {
+    /// How many.
+    pub files: u64,
+    /// Bytes in them.
+    pub bytes: u64,
 }
 
 /// What the configuration says, as far as it is not in force.

@@ -22,8 +22,8 @@ use tokio::{
 };
 
 use super::{
-    Call, MAX_LINE, Order, Reply, Request, RuleStatus, SOCKET, Standing, Status, VERSION, What,
-    explain,
+    Call, MAX_LINE, Order, RemovedFiles, Reply, Request, RuleStatus, SOCKET, Standing, Status,
+    VERSION, What, explain,
 };
 use crate::{
     identify::Resolver,
@@ -220,6 +220,15 @@ fn status(desk: &Desk) -> Status {
             .losses()
             .iter()
             .map(|loss| (loss.output.to_owned(), loss.events.load(Relaxed)))
+            .collect(),
+        removed_by_output: desk
+            .recorder
+            .losses()
+            .iter()
+            .filter_map(|loss| {
+                let (files, bytes) = loss.removed.as_ref()?.now();
+                Some((loss.output.to_owned(), RemovedFiles { files, bytes }))
+            })
             .collect(),
     }
 }

@@ -38,7 +38,7 @@ use crate::{
     kernel::{Counters, MapFill},
     policy::Mode,
     proxy::InForce,
-    record::{Recorder, Tally},
+    record::{Recorder, Tally, output::Loss},
 };
 
 /// Scrapes at once, and those that may wait.
@@ -244,6 +244,22 @@ impl Collector for Read {
             "Events that were lost: in the queue, for all outputs, or by one output",
             "output",
             &lost,
+        )?;
+        let removed = |which: fn((u64, u64)) -> u64| -> Vec<(&str, u64)> {
+            let of = |loss: &Loss| Some((loss.output, which(loss.removed.as_ref()?.now())));
+            losses.iter().filter_map(of).collect()
+        };
+        counters(
+            "events_removed_files",
+            "Old files of events that were removed to make room",
+            "output",
+            &removed(|(files, _)| files),
+        )?;
+        counters(
+            "events_removed_bytes",
+            "Bytes in old files of events that were removed to make room",
+            "output",
+            &removed(|(_, bytes)| bytes),
         )?;
         let hits = sources.tally.rule_hits();
         let hits: Vec<_> = hits

@@ -26,7 +26,25 @@ use serde_json::Value;
 use crate::{GUARD, INSTANCE_ID_PATH, events::a_request, logs::Folder};
 
 /// Kills it in the end.
-struct Helper(Child);
+pub struct Helper(pub Child);
+
+impl Helper {
+    /// A guard that watches by now.
+    pub fn watching(guard: &mut Command) -> Self {
+        let mut guard = Self(guard.stderr(Stdio::piped()).spawn().unwrap());
+        let mut said = BufReader::new(guard.0.stderr.take().unwrap()).lines();
+        let mut complaint = String::new();
+        while !complaint.contains("watching") {
+            let line = said.next();
+            complaint += &line
+                .unwrap_or_else(|| panic!("it ended: {complaint}"))
+                .unwrap();
+        }
+        // What it says later must go somewhere.
+        std::thread::spawn(move || said.for_each(drop));
+        guard
+    }
+}
 
 impl Drop for Helper {
     fn drop(&mut self) {
@@ -327,15 +345,7 @@ fn a_guard_writes_to_all_of_them_and_prometheus_reads_its_metrics() {
     );
     let lab = imds_guard_tests::lab();
     fs::write(lab.config(), config).unwrap();
-    let mut command = lab.guard_command(GUARD);
-    let mut guard = Helper(command.stderr(Stdio::piped()).spawn().unwrap());
-    let mut said = BufReader::new(guard.0.stderr.take().unwrap()).lines();
-    while !said
-        .next()
-        .expect("the guard ended")
-        .unwrap()
-        .contains("watching")
-    {}
+    let mut guard = Helper::watching(&mut lab.guard_command(GUARD));
     for (url, status) in [(INSTANCE_ID_PATH, 401), ("/latest/user-data", 403)] {
         let answer =
             imds_guard_tests::curl(&lab, Place::Host, &[format!("http://169.254.169.254{url}")]);
@@ -400,25 +410,7 @@ fn a_handover_keeps_the_chain_and_the_metrics() {
         folder.log().display()
     );
     fs::write(lab.config(), config).unwrap();
-    let start = |arguments: &[&str]| {
-        let mut command = lab.guard_command(GUARD);
-        let mut guard = Helper(
-            command
-                .args(arguments)
-                .stderr(Stdio::piped())
-                .spawn()
-                .unwrap(),
-        );
-        let mut said = BufReader::new(guard.0.stderr.take().unwrap()).lines();
-        let mut complaint = String::new();
-        while !complaint.contains("watching") {
-            let line = said
-                .next()
-                .unwrap_or_else(|| panic!("the guard ended: {complaint}"));
-            complaint += &line.unwrap();
-        }
-        (guard, said)
-    };
+    let start = |arguments: &[&str]| Helper::watching(lab.guard_command(GUARD).args(arguments));
     let ask = || {
         let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
         assert_eq!(
@@ -426,9 +418,9 @@ fn a_handover_keeps_the_chain_and_the_metrics() {
             200
         );
     };
-    let (mut old, _old_said) = start(&[]);
+    let mut old = start(&[]);
     ask();
-    let (mut new, _new_said) = start(&["--replace"]);
+    let mut new = start(&["--replace"]);
     assert!(old.0.wait().unwrap().success());
     ask();
     let scraped = imds_guard_tests::curl(&lab, Place::Guard, &["http://127.0.0.1:9254/metrics"]);

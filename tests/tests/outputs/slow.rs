@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Write},
+    io::Write,
     os::unix::net::UnixDatagram,
     process::Stdio,
     sync::atomic::Ordering::Relaxed,
@@ -78,16 +78,7 @@ fn a_pipe_that_nobody_drains_holds_up_nobody_else() {
         folder.log().display()
     );
     fs::write(lab.config(), config).unwrap();
-    let mut command = lab.guard_command(GUARD);
-    let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut guard = Helper(command.spawn().unwrap());
-    let mut said = BufReader::new(guard.0.stderr.take().unwrap()).lines();
-    while !said
-        .next()
-        .expect("the guard ended")
-        .unwrap()
-        .contains("watching")
-    {}
+    let mut guard = Helper::watching(lab.guard_command(GUARD).stdout(Stdio::piped()));
     // Each makes a line of more than a KiB, and a pipe holds 64.
     let count = 100;
     let url = format!(

@@ -5,12 +5,19 @@ use std::{
     io::{self, BufRead as _, BufReader, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
-    sync::mpsc::{Sender, channel},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+        mpsc::{Sender, channel},
+    },
     thread::{self, JoinHandle},
 };
 
 use jiff::Timestamp;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, RenameFlags, renameat2},
+};
 
 use super::file::held;
 
@@ -24,8 +31,16 @@ pub struct Archive {
     folder: PathBuf,
     _held: File,
     name: String,
+    removed: Arc<Removed>,
     /// The thread that compresses, once there was something to do.
     compressor: Option<(Sender<Work>, JoinHandle<()>)>,
+}
+
+/// What was removed to make room, since the start.
+#[derive(Debug, Default)]
+pub struct Removed {
+    files: AtomicU64,
+    bytes: AtomicU64,
 }
 
 struct Work {
@@ -34,14 +49,33 @@ struct Work {
     prefix: String,
 }
 
+impl Removed {
+    /// Files, and bytes in them.
+    #[must_use]
+    pub fn now(&self) -> (u64, u64) {
+        (self.files.load(Relaxed), self.bytes.load(Relaxed))
+    }
+
+    fn add(&self, bytes: u64) {
+        self.files.fetch_add(1, Relaxed);
+        self.bytes.fetch_add(bytes, Relaxed);
+    }
+}
+
 impl Archive {
     pub fn new(held_folder: File, name: &str) -> Self {
         Self {
             folder: held(&held_folder),
             _held: held_folder,
             name: name.to_owned(),
+            removed: Arc::default(),
             compressor: None,
         }
+    }
+
+    /// What it has removed, now and from now on.
+    pub fn removed(&self) -> &Arc<Removed> {
+        &self.removed
     }
 
     /// The log itself.
@@ -49,14 +83,14 @@ impl Archive {
         self.folder.join(&self.name)
     }
 
-    /// Opens the log, never through a link.
+    /// Opens the log, never through a link, and never waiting for whoever reads a pipe.
     pub fn open_current(&self) -> io::Result<File> {
         // Command lines and paths are nobody else's business.
         OpenOptions::new()
             .create(true)
             .append(true)
             .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
             .open(self.path())
     }
 
@@ -70,18 +104,27 @@ impl Archive {
             .open(self.folder.join(format!(".{}.lock", self.name)))
     }
 
-    /// Renames the log, under the time until which it goes.
-    pub fn put_away(&self, until: Timestamp) -> io::Result<()> {
+    /// Renames the log, under the time until which it goes. Returns its new name.
+    pub fn put_away(&self, until: Timestamp) -> io::Result<PathBuf> {
         let time = in_names(until);
         let away = self.folder.join(format!("{}.{time}", self.name));
-        renameat2(
+        let renamed = renameat2(
             AT_FDCWD,
             &self.path(),
             AT_FDCWD,
             &away,
             RenameFlags::RENAME_NOREPLACE,
-        )?;
-        Ok(())
+        );
+        match renamed {
+            // Not every file system can rename without replacing; the folder is ours alone.
+            Err(Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP)
+                if fs::symlink_metadata(&away).is_err() =>
+            {
+                fs::rename(self.path(), &away)?;
+            }
+            renamed => renamed?,
+        }
+        Ok(away)
     }
 
     /// Removes the oldest files until all have less than so many bytes.
@@ -92,7 +135,7 @@ impl Archive {
         while sum > total
             && let Some((path, size)) = files.pop()
         {
-            match fs::remove_file(&path) {
+            match self.remove(&path, size) {
                 Ok(()) => log::info!("events of {} are old, and removed", name_of(&path)),
                 Err(error) => log::warn!("{} cannot be removed: {error}", name_of(&path)),
             }
@@ -102,10 +145,16 @@ impl Archive {
 
     /// Removes the oldest file. Returns whether there was one.
     pub fn remove_oldest(&self) -> io::Result<bool> {
-        let Some((path, _)) = self.files().into_iter().next() else {
+        let Some((path, size)) = self.files().into_iter().next() else {
             return Ok(false);
         };
-        fs::remove_file(path).map(|()| true)
+        self.remove(&path, size).map(|()| true)
+    }
+
+    fn remove(&self, path: &Path, size: u64) -> io::Result<()> {
+        fs::remove_file(path)?;
+        self.removed.add(size);
+        Ok(())
     }
 
     /// Has the files that are not compressed compressed, by a thread of its own.

@@ -5,16 +5,17 @@ use std::{
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use clap::ValueEnum;
 use jiff::Timestamp;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::archive::Archive;
+use super::archive::{Archive, Removed};
 
 /// How much of the end of a file is read at once, in search of its last line.
 const TAIL: u64 = 64 * 1024;
@@ -52,6 +53,7 @@ pub enum Sync {
 
 /// The file that is written to, and those before it.
 pub struct LogFile {
+    path: PathBuf,
     archive: Archive,
     file: File,
     /// Whether it is one that can be cut and rotated: no device, no pipe.
@@ -62,8 +64,17 @@ pub struct LogFile {
     synced: Instant,
     is_synced: bool,
     is_claimed: bool,
+    /// What does not work, and was said.
+    troubles: Vec<Trouble>,
     /// Held for as long as this writes. Without it, another guard may be writing.
     lock: Option<Flock<File>>,
+}
+
+/// What can fail without a line being lost.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    Rotating,
+    Syncing,
 }
 
 #[derive(Deserialize)]
@@ -80,6 +91,7 @@ impl LogFile {
         let (archive, file) = open(path)?;
         let kind = file.metadata()?.file_type();
         let mut log = Self {
+            path: path.to_owned(),
             archive,
             file,
             is_regular: kind.is_file(),
@@ -89,6 +101,7 @@ impl LogFile {
             synced: Instant::now(),
             is_synced: true,
             is_claimed: false,
+            troubles: Vec::new(),
             lock: None,
         };
         if kind.is_dir() || kind.is_block_device() {
@@ -116,7 +129,8 @@ impl LogFile {
             || Timestamp::now().duration_since(self.begun).unsigned_abs() > self.rotation.age;
         let is_large = self.length + lines.len() as u64 > self.rotation.size;
         if self.length > 0 && (is_large || is_old()) {
-            self.rotate()?;
+            let rotated = self.rotate();
+            self.note(Trouble::Rotating, rotated);
         }
         while let Err(error) = self.file.write_all(lines) {
             // What was written of them would be half a line.
@@ -133,21 +147,22 @@ impl LogFile {
         self.length += lines.len() as u64;
         self.is_synced = false;
         if self.rotation.sync == Sync::Batch {
-            self.sync()?;
+            self.sync();
         }
         Ok(())
     }
 
+    /// What it removes to make room.
+    pub fn removed(&self) -> &Arc<Removed> {
+        self.archive.removed()
+    }
+
     /// Does what may wait until nothing more is to be written.
-    ///
-    /// # Errors
-    /// The disk does not take what was written.
-    pub fn settle(&mut self) -> io::Result<()> {
+    pub fn settle(&mut self) {
         let is_due = self.synced.elapsed() >= Duration::from_secs(1);
         if self.rotation.sync == Sync::Second && is_due && !self.is_synced {
-            self.sync()?;
+            self.sync();
         }
-        Ok(())
     }
 
     /// The last line of this file, or of the one before; `None` if there is none.
@@ -176,10 +191,31 @@ impl LogFile {
         }
     }
 
-    fn sync(&mut self) -> io::Result<()> {
-        self.file.sync_data()?;
-        (self.synced, self.is_synced) = (Instant::now(), true);
-        Ok(())
+    /// Brings lines to the disk. They are written whether or not that works, so nothing is lost yet.
+    fn sync(&mut self) {
+        let synced = self.file.sync_data();
+        (self.synced, self.is_synced) = (Instant::now(), synced.is_ok());
+        self.note(Trouble::Syncing, synced);
+    }
+
+    /// Says once what does not work, and goes on without it.
+    fn note(&mut self, trouble: Trouble, result: io::Result<()>) {
+        let Err(error) = result else {
+            return self.troubles.retain(|it| *it != trouble);
+        };
+        if self.troubles.contains(&trouble) {
+            return;
+        }
+        let path = self.path.display();
+        match trouble {
+            Trouble::Rotating => {
+                log::warn!("{path} stays in use, as it cannot be put away: {error}")
+            }
+            Trouble::Syncing => {
+                log::warn!("{path} may not survive a crash of the machine: {error}");
+            }
+        }
+        self.troubles.push(trouble);
     }
 
     /// Waits for another guard that still writes to this log to end, and looks at what it has written.
@@ -191,7 +227,7 @@ impl LogFile {
         if self.lock.is_none() {
             self.lock = self.locked(HANDOVER);
             if let Err(error) = self.look_again() {
-                log::warn!("{}: {error}", self.archive.path().display());
+                log::warn!("{}: {error}", self.path.display());
             }
         }
         self.tidy();
@@ -217,10 +253,7 @@ impl LogFile {
                 Ok(lock) => return Some(lock),
                 Err(_) if patience.is_zero() => return None,
                 Err(_) if Instant::now() > waits_until => {
-                    log::warn!(
-                        "another process writes to {}",
-                        self.archive.path().display()
-                    );
+                    log::warn!("another process writes to {}", self.path.display());
                     return None;
                 }
                 Err((file, _)) => lock = file,
@@ -239,7 +272,7 @@ impl LogFile {
             let cut = self.length - whole;
             log::warn!(
                 "{} ended in half a line: {cut} bytes were cut off",
-                self.archive.path().display()
+                self.path.display()
             );
             self.file.set_len(whole)?;
             self.length = whole;
@@ -283,16 +316,24 @@ impl LogFile {
         Ok(0)
     }
 
+    /// Begins a new file. Where that fails, the old one stays in use.
     fn rotate(&mut self) -> io::Result<()> {
+        let away = match self.archive.put_away(Timestamp::now()) {
+            // Somebody has removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            done => Some(done?),
+        };
+        let next = match (self.archive.open_current(), away) {
+            (Err(error), Some(away)) => {
+                fs::rename(away, self.archive.path())?;
+                return Err(error);
+            }
+            (next, _) => next?,
+        };
         if self.rotation.sync != Sync::Never {
-            self.sync()?;
+            self.sync();
         }
-        match self.archive.put_away(Timestamp::now()) {
-            // Put away before, when no new file could be made.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            done => done?,
-        }
-        self.file = self.archive.open_current()?;
+        self.file = next;
         self.length = 0;
         self.begun = Timestamp::now();
         self.tidy();
@@ -311,7 +352,6 @@ impl LogFile {
 
 /// The folder, held open, so that it stays the one that was looked at; and the file in it.
 fn open(path: &Path) -> io::Result<(Archive, File)> {
-    let is_special = fs::metadata(path).is_ok_and(|it| !it.is_file() && !it.is_dir());
     let folder = match path.parent() {
         Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
         Some(folder) => folder,
@@ -323,25 +363,48 @@ fn open(path: &Path) -> io::Result<(Archive, File)> {
         .read(true)
         .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
         .open(folder)?;
-    if is_special {
-        // A device, or a pipe that somebody reads: nothing to rotate.
-        let file = OpenOptions::new()
-            .append(true)
-            .custom_flags(libc::O_CLOEXEC)
-            .open(path)?;
-        return Ok((Archive::new(held, name), file));
-    }
     let metadata = held.metadata()?;
     let own = nix::unistd::geteuid().as_raw();
     if metadata.mode() & 0o022 != 0 || (metadata.uid() != own && metadata.uid() != 0) {
         return Err(io::Error::other(format!(
-            "others can put files into {}, so they could put links in the way of the log",
+            "others can put files into {}, so they could put links or pipes in the way of the log",
             folder.display()
         )));
     }
     let archive = Archive::new(held, name);
-    let file = archive.open_current()?;
-    Ok((archive, file))
+    let opened = match archive.open_current() {
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) && folder == Path::new("/dev") => {
+            open_stream(path)
+        }
+        opened => opened,
+    };
+    match opened {
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Err(io::Error::other(
+            "nobody reads this pipe: start its reader first",
+        )),
+        Err(error) => Err(error),
+        Ok(file) => {
+            if !file.metadata()?.is_file() {
+                // Whoever reads may take their time.
+                fcntl(&file, FcntlArg::F_SETFL(OFlag::O_APPEND))?;
+            }
+            Ok((archive, file))
+        }
+    }
+}
+
+/// `/dev/stdout` and the like, which are links to what this process has open. A file would be rotated in
+/// the wrong place.
+fn open_stream(path: &Path) -> io::Result<File> {
+    if fs::metadata(path)?.is_file() {
+        return Err(io::Error::other(
+            "it leads to a file: name that, or - for standard output",
+        ));
+    }
+    OpenOptions::new()
+        .append(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path)
 }
 
 /// A folder that is held open, as a path that leads to it wherever it is moved.

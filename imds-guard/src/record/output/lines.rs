@@ -1,8 +1,11 @@
 //! A line for each event, in a file or on a stream.
 
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    sync::Arc,
+};
 
-use super::{Kept, Lost, Output, chain::Chained, emf::Emf, file::LogFile, ocsf};
+use super::{Kept, Lost, Output, Removed, chain::Chained, emf::Emf, file::LogFile, ocsf};
 use crate::record::Event;
 
 /// Bytes that are written at once, more or less.
@@ -30,7 +33,7 @@ pub enum Format {
 
 enum Out {
     Stream(Box<dyn Write + Send>),
-    File(LogFile),
+    File(Box<LogFile>),
 }
 
 impl Format {
@@ -57,7 +60,7 @@ impl Lines {
     /// Lines to a file that is rotated.
     #[must_use]
     pub fn to_file(format: Format, file: LogFile) -> Self {
-        Self::new(format, Out::File(file))
+        Self::new(format, Out::File(Box::new(file)))
     }
 
     fn new(format: Format, out: Out) -> Self {
@@ -128,8 +131,15 @@ impl Output for Lines {
     fn flush(&mut self) -> Result<(), Lost> {
         self.write_batch()?;
         if let Out::File(file) = &mut self.out {
-            file.settle().map_err(|error| Kept::default().lost(error))?;
+            file.settle();
         }
         Ok(())
+    }
+
+    fn removed(&self) -> Option<Arc<Removed>> {
+        match &self.out {
+            Out::Stream(_) => None,
+            Out::File(file) => Some(Arc::clone(file.removed())),
+        }
     }
 }

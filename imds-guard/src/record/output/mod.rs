@@ -17,7 +17,7 @@ use std::{
     sync::{Arc, atomic::AtomicU64},
 };
 
-pub use archive::{in_names, read, segments, until};
+pub use archive::{Removed, in_names, read, segments, until};
 pub use chain::{Broken, Links, Verified};
 pub use file::{LogFile, Rotation, Sync};
 pub use fold::Fold;
@@ -52,6 +52,11 @@ pub trait Output: Send {
     /// What it had kept is lost.
     fn finish(&mut self) -> Result<(), Lost> {
         self.flush()
+    }
+
+    /// What it removes to make room, counted as it does; `None` if it keeps no files.
+    fn removed(&self) -> Option<Arc<Removed>> {
+        None
     }
 }
 
@@ -107,13 +112,15 @@ pub struct Outputs {
     fold: Option<Fold>,
 }
 
-/// How many events an output has lost.
+/// What an output has lost.
 #[derive(Clone, Debug)]
 pub struct Loss {
     /// Which output: the name of its key in the configuration.
     pub output: &'static str,
-    /// How many since the start.
+    /// Events that it could not write, since the start.
     pub events: Arc<AtomicU64>,
+    /// Old files of it that were removed to make room, if it keeps files.
+    pub removed: Option<Arc<Removed>>,
 }
 
 impl Outputs {

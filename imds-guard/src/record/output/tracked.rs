@@ -20,11 +20,12 @@ pub struct Tracked {
 impl Tracked {
     pub fn new(name: &'static str, output: Box<dyn Output>) -> Self {
         Self {
-            output,
             loss: Loss {
                 output: name,
                 events: Arc::default(),
+                removed: output.removed(),
             },
+            output,
             untold: 0,
             fails: false,
         }
