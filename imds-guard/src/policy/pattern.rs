@@ -36,7 +36,9 @@ pub struct Number(pub u32);
 pub struct PathGlob {
     /// `None` for every version.
     version: Option<Glob>,
+    /// What comes behind the version; of `/**/…`, which may begin anywhere, the whole.
     rest: Glob,
+    is_whole: bool,
     written: Box<str>,
 }
 
@@ -154,7 +156,11 @@ impl PathGlob {
     #[must_use]
     pub fn covers(&self, path: &Path<'_>) -> bool {
         let path = path.as_str().trim_start_matches('/');
-        let (version, rest) = path.split_once('/').unwrap_or((path, ""));
+        let (version, rest) = match path.split_once('/') {
+            _ if self.is_whole => ("", path),
+            Some(split) => split,
+            None => (path, ""),
+        };
         self.version
             .as_ref()
             .is_none_or(|glob| glob.matches(version))
@@ -195,6 +201,8 @@ impl Pattern for PathGlob {
         }
         let trimmed = text.strip_suffix('/').unwrap_or(text);
         let (version, rest) = match trimmed.strip_prefix('/') {
+            // `/**` alone is everything.
+            Some(whole) if whole.starts_with("**/") => ("**", whole),
             Some(absolute) => absolute.split_once('/').unwrap_or((absolute, "")),
             None => ("latest", trimmed),
         };
@@ -210,12 +218,8 @@ impl Pattern for PathGlob {
                 "" | "latest" | "*" | "**" => None,
                 version => Some(Glob::read(version)?),
             },
-            // `/**` is everything.
-            rest: if version == "**" {
-                glob("")?
-            } else {
-                glob(rest)?
-            },
+            rest: glob(rest)?,
+            is_whole: version == "**",
             written: text.into(),
         })
     }
@@ -381,6 +385,21 @@ mod tests {
             ("/latest/meta-data/iam", "/latest/iam", false),
             ("/", "", true),
             ("/**", credentials, true),
+            ("/**", "/latest", true),
+            ("/**/", credentials, true),
+            ("/**/security-credentials", old, true),
+            ("/**/security-credentials/*", credentials, true),
+            ("/**/security-credentials", "/latest/meta-data/iam", false),
+            ("/**/user-data", credentials, false),
+            ("/**/iam/**", credentials, true),
+            ("/**/meta-data", credentials, true),
+            ("/**/latest/meta-data", credentials, true),
+            ("**/iam", credentials, true),
+            ("**/user-data", credentials, false),
+            ("**", "/latest", true),
+            ("/latest/**", "/latest", true),
+            ("/*/meta-data", old, true),
+            ("/*/user-data", old, false),
             ("/", credentials, true),
             ("/latest", old, true),
             ("user-data", "/latest/user-data", true),
