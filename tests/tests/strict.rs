@@ -77,6 +77,7 @@ fn a2_a3_a4_b4_what_is_ambiguous_is_refused_everywhere() {
         (format!("{put}X-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n"), Malformed::RepeatedToken, "400"),
         (v2.replace("meta-data/", "meta-data%2f") + "\r\n", Malformed::Path, "400"),
         (v2.replace("meta-data/", "%252e/") + "\r\n", Malformed::Path, "400"),
+        (v2.replace("meta-data/", "meta-data//../") + "\r\n", Malformed::Path, "400"),
         (v2.replace("meta-data/", "meta-data;x/") + "\r\n", Malformed::Path, "400"),
     ];
     let requests: Vec<String> = table

@@ -8,7 +8,7 @@ use super::Malformed;
 /// segments resolved, no slash at the end (a listing has both names).
 ///
 /// It is for judging alone: the service gets the path as the client wrote it. So what the service
-/// might read differently has no such form, and is refused: encoded `/`, `\`, `%`, `?`, `#` and `;`,
+/// might read differently has no such form, and is refused: `..` behind an empty segment, encoded `/`, `\`, `%`, `?`, `#` and `;`,
 /// parameters after `;`, control characters, and whatever is not ASCII. No path of the service has any
 /// of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,15 +27,18 @@ impl<'a> Path<'a> {
         }
         let decoded = decode(path).ok_or(Malformed::Path)?;
         let mut segments = Vec::new();
-        for segment in decoded.split('/') {
+        for segment in decoded.strip_prefix('/').unwrap_or(&decoded).split('/') {
             match segment {
-                "" | "." => {}
-                ".." => drop(segments.pop()),
+                "." => {}
+                // It goes up from nothing (RFC 3986, 5.2.4), or, where slashes are merged first, from
+                // what is before it.
+                ".." if segments.pop() == Some("") => return Err(Malformed::Path),
+                ".." => {}
                 name => segments.push(name),
             }
         }
         let mut resolved = String::with_capacity(decoded.len());
-        for segment in segments {
+        for segment in segments.into_iter().filter(|it| !it.is_empty()) {
             resolved.push('/');
             resolved.push_str(segment);
         }
@@ -107,6 +110,7 @@ mod tests {
             ("//latest///meta-data//iam//", Some(plain)),
             ("/latest/./meta-data/./iam/.", Some(plain)),
             ("/latest/user-data/../meta-data/x/../iam", Some(plain)),
+            ("/latest//meta-data/x/..//iam", Some(plain)),
             ("/../../latest/meta-data/iam", Some(plain)),
             ("/latest/meta%2Ddata/%69am", Some(plain)),
             ("/latest/%2e%2E/latest/%2e/meta-data/iam", Some(plain)),
@@ -119,6 +123,12 @@ mod tests {
             ("/latest/meta-data/iam%20", Some("/latest/meta-data/iam ")),
             ("/latest/meta-data/@a:b+c", Some("/latest/meta-data/@a:b+c")),
             // Nobody's.
+            ("/latest/meta-data//../iam", None),
+            ("/latest/meta-data//./../iam", None),
+            ("/latest/meta-data//x/../../iam", None),
+            ("/latest/meta-data//%2e%2e/iam", None),
+            ("//../latest", None),
+            ("/latest/meta-data/iam//..", None),
             ("/latest/meta-data%2fiam", None),
             ("/latest/meta-data/%252e%252e", None),
             ("/latest/meta-data/%25", None),
