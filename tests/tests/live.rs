@@ -12,11 +12,11 @@ use std::{
 };
 
 use imds_guard::{
-    lab::Place,
+    lab::{Guard, Place},
     policy::{Mode, Reason, Verdict},
     record::Change,
 };
-use imds_guard_tests::{Sandbox, run};
+use imds_guard_tests::{Sandbox, lab, run};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -153,6 +153,54 @@ fn d4_a_broken_configuration_changes_nothing() {
     sandbox.configure("mode = 'audit'");
     assert_eq!(sandbox.change().change, Change::Reloaded);
     assert_eq!(status(&sandbox)["guard"]["rejected"], Value::Null);
+}
+
+/// D4: a file that goes is no empty one, though the guard would start without it.
+#[test]
+fn d4_a_configuration_that_vanishes_changes_nothing() {
+    let lab = lab();
+    // Where it is looked for unless told otherwise, as the guard alone sees it.
+    let etc = std::env::temp_dir().join(format!("imds-guard-{}-etc", std::process::id()));
+    let (file, drop_in) = (
+        etc.join("imds-guard/config.toml"),
+        etc.join("imds-guard/conf.d/50-rules.toml"),
+    );
+    fs::create_dir_all(drop_in.parent().unwrap()).unwrap();
+    fs::write(&file, "mode = 'enforce'").unwrap();
+    fs::write(&drop_in, DENY).unwrap();
+    let mut command = lab.command(Place::Guard, "unshare");
+    let script = "mount --bind \"$0\" /etc && exec \"$@\"";
+    command
+        .args(["--mount", "sh", "-c", script])
+        .arg(&etc)
+        .arg(GUARD);
+    let mut arguments = lab.guard_arguments();
+    let config = arguments.iter().position(|it| it == "--config").unwrap();
+    arguments.drain(config..config + 2);
+    let guard = Guard::spawn(command.args(arguments)).unwrap();
+    let sandbox = Sandbox { guard, lab };
+
+    fs::remove_file(&file).unwrap();
+    let change = sandbox.change();
+    assert_eq!(
+        (change.change, change.mode, change.rules),
+        (Change::Rejected, Mode::Enforce, 1)
+    );
+    let error = change.error.unwrap();
+    assert!(
+        error.contains("/etc/imds-guard/config.toml: No such file"),
+        "{error}"
+    );
+    assert_eq!(v1(&sandbox), 403);
+    assert_eq!(sandbox.request().rule.as_deref(), Some("nobody"));
+    // Those of conf.d may go.
+    fs::write(&file, "mode = 'enforce'\nhop_limit = 2").unwrap();
+    assert_eq!(sandbox.change().change, Change::Reloaded);
+    fs::remove_file(&drop_in).unwrap();
+    let change = sandbox.change();
+    assert_eq!((change.change, change.rules), (Change::Reloaded, 0));
+    assert_eq!(v1(&sandbox), 401);
+    fs::remove_dir_all(&etc).unwrap();
 }
 
 /// D5: a request ends under the rules that it was judged by; the next one on the same connection is

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::Read as _,
+    io::{self, Read as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
@@ -36,27 +36,15 @@ pub struct Source {
 /// [`Failure::Settings`], with file, line and column where something is wrong in it.
 pub fn read(file: &Path, required: bool) -> Result<Vec<Source>, Failure> {
     let mut sources = Vec::new();
-    if required || file.exists() {
+    if required || !is_absent(file) {
         sources.push(read_one(file)?);
     }
     let directory = drop_ins(file);
-    let mut more: Vec<PathBuf> = match fs::read_dir(&directory) {
-        Ok(entries) => entries
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(|path| path.extension().is_some_and(|it| it == "toml"))
-            .filter(|path| {
-                !path
-                    .file_name()
-                    .is_some_and(|it| it.as_encoded_bytes().starts_with(b"."))
-            })
-            .collect(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(failure(&directory, &error.to_string())),
-    };
-    more.sort();
-    for path in more {
-        sources.push(read_one(&path)?);
+    if !is_absent(&directory) {
+        let more = list(&directory).map_err(|error| failure(&directory, &error.to_string()))?;
+        for path in more {
+            sources.push(read_one(&path)?);
+        }
     }
     let mut seen: std::collections::HashMap<&str, &Path> = Default::default();
     for source in &sources {
@@ -72,6 +60,29 @@ pub fn read(file: &Path, required: bool) -> Result<Vec<Source>, Failure> {
         }
     }
     Ok(sources)
+}
+
+/// Whether nothing has this name. What cannot be looked at, or is a link to nowhere, is an error for whoever
+/// reads it: nobody meant it to be left out.
+fn is_absent(path: &Path) -> bool {
+    let found = fs::symlink_metadata(path);
+    found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+}
+
+/// The configuration files in a directory, in the order of their names.
+fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let is_hidden = path
+            .file_name()
+            .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !is_hidden && path.extension().is_some_and(|it| it == "toml") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
 }
 
 /// The directory beside a configuration file.
@@ -254,5 +265,23 @@ mod tests {
                 (got, _) => panic!("{text}: {got:?}"),
             }
         }
+    }
+
+    #[test]
+    fn a_link_to_nowhere_is_not_an_absent_file() {
+        let folder = std::env::temp_dir().join(format!("imds-guard-{}-links", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let file = folder.join("config.toml");
+        assert!(read(&file, false).unwrap().is_empty());
+        for link in [&file, &drop_ins(&file)] {
+            std::os::unix::fs::symlink("/nonexistent", link).unwrap();
+            let error = read(&file, false).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("{}: No such file", link.display())),
+                "{error}"
+            );
+            fs::remove_file(link).unwrap();
+        }
+        fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -87,10 +87,24 @@ impl Layers {
     /// # Errors
     /// As [`files::read`].
     pub fn read(&self) -> Result<Configuration, Failure> {
+        self.read_files(self.required)
+    }
+
+    /// Reads them once more. A file that was there and has gone is half a change, as of a deployment that
+    /// removes it before it writes the new one: without its rules the guard would let everything pass. Files
+    /// of conf.d are made to be removed.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_again(&self, before: &Configuration) -> Result<Configuration, Failure> {
+        self.read_files(self.required || before.sources.contains(&self.file))
+    }
+
+    fn read_files(&self, required: bool) -> Result<Configuration, Failure> {
         let mut keys = Map::new();
         let mut origins = BTreeMap::new();
         let (mut rules, mut files) = (Vec::new(), Vec::new());
-        for Source { path, keys: read } in super::files::read(&self.file, self.required)? {
+        for Source { path, keys: read } in super::files::read(&self.file, required)? {
             files.push(path.clone());
             rules.extend(read.rules.iter().cloned());
             for (key, value) in object(read)? {

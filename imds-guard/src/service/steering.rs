@@ -119,7 +119,7 @@ impl Steering {
 
     /// Reads the configuration again. What is wrong in it changes nothing.
     pub fn reload(&mut self, by: Option<By>, control: &mut Control) -> Result<Value, String> {
-        let read = self.layers.read();
+        let read = self.layers.read_again(&self.configuration);
         let read = read.and_then(|read| Ok((read.settings()?, read)));
         let (mut settings, read) = match read {
             Ok(read) => read,
