@@ -7,8 +7,20 @@ use serde::{Deserialize, Serialize};
 use super::{Caller, Mode};
 
 /// How widely a session token may be used. The service itself takes a token from anybody on the
-/// instance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum)]
+/// instance. Each is narrower than the one before.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    JsonSchema,
+    ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Binding {
     /// Anywhere: tokens are handed out as the service gives them.

@@ -102,21 +102,36 @@ impl Policy {
     }
 
     /// What holds for a caller before it is known what it asks.
+    ///
+    /// As with [`Self::judge`], enforce mode takes the worse of what rules may say that may match.
     #[must_use]
     pub fn terms(&self, candidates: &Candidates, now: Timestamp) -> Terms {
-        let of_caller = candidates.0.iter().filter(|it| it.is_certain);
-        let rule = of_caller
-            .map(|candidate| self.rules.get(candidate))
-            .find(|rule| !rule.is_about_requests() && rule.holds(now));
+        let of_rule = |rule: Option<&Rule>| {
+            let hop_limit = rule.and_then(|rule| rule.hop_limit);
+            let token_binding = rule.and_then(|rule| rule.token_binding);
+            (
+                hop_limit.map_or(self.hop_limit, |limit| limit.get()),
+                token_binding.unwrap_or(self.token_binding()),
+            )
+        };
+        let about_callers = candidates.0.iter().filter(|candidate| {
+            let rule = self.rules.get(candidate);
+            !rule.is_about_requests() && rule.holds(now)
+        });
+        let certain = about_callers.clone().find(|it| it.is_certain);
+        let (mut hop_limit, mut token_binding) = of_rule(certain.map(|it| self.rules.get(it)));
+        if self.mode == Mode::Enforce {
+            let uncertain = about_callers.take_while(|it| !it.is_certain);
+            for (limit, binding) in uncertain.map(|it| of_rule(Some(self.rules.get(it)))) {
+                hop_limit = hop_limit.min(limit);
+                token_binding = token_binding.max(binding);
+            }
+        }
         Terms {
             mode: self.mode,
-            hop_limit: rule
-                .and_then(|rule| rule.hop_limit)
-                .map_or(self.hop_limit, |limit| limit.get()),
+            hop_limit,
             hop_limit_action: self.hop_limit_action,
-            token_binding: rule
-                .and_then(|rule| rule.token_binding)
-                .unwrap_or(self.token_binding()),
+            token_binding,
             action: None,
         }
     }

@@ -367,6 +367,52 @@ fn what_is_not_known_is_decided_for_the_worse_in_enforce_mode() {
     assert_eq!(verdict, Allow);
 }
 
+/// A rule that may match is not passed over for a later one that gives away more.
+#[test]
+fn the_terms_of_who_is_not_known_are_the_worse_in_enforce_mode() {
+    let late = Caller {
+        pod: None,
+        missing: Missing {
+            pod: true,
+            ..Missing::default()
+        },
+        ..in_pod()
+    };
+    let narrow = "namespace = 'shop'\nhop_limit = 2\ntoken_binding = 'cgroup'";
+    let wide = "namespace = 'shop'\nhop_limit = 9\ntoken_binding = 'off'";
+    let pod = "container_id = 'c0ffee'\nhop_limit = 5\ntoken_binding = 'netns'";
+    let over = "expires = 1969-12-30\nnamespace = 'shop'\nhop_limit = 1";
+    let about_requests = "namespace = 'shop'\npath = 'user-data'\naction = 'deny'";
+    use Binding::{Cgroup, Container, Netns, Off};
+    #[rustfmt::skip]
+    let table: [(&[&str], _, _); 7] = [
+        // rules               enforce         audit
+        (&[wide],              (3, Container), (3, Off)),
+        (&[narrow],            (2, Cgroup),    (3, Off)),
+        (&[narrow, pod],       (2, Cgroup),    (5, Netns)),
+        (&[wide, pod],         (5, Netns),     (5, Netns)),
+        (&[wide, narrow, pod], (2, Cgroup),    (5, Netns)),
+        (&[pod, narrow],       (5, Netns),     (5, Netns)),
+        (&[over, about_requests, pod], (5, Netns), (5, Netns)),
+    ];
+    for (rules, enforce, audit) in table {
+        let rules = (0..)
+            .zip(rules)
+            .map(|(number, rule): (u32, _)| format!("[[rule]]\nname = '{number}'\n{rule}\n"));
+        let rules: String = rules.collect();
+        for (mode, expected) in [(Mode::Enforce, enforce), (Mode::Audit, audit)] {
+            let policy = Policy {
+                hop_limit: 3,
+                ..policy(mode, &rules)
+            };
+            let candidates = policy.rules.candidates(&subject(&late));
+            let terms = policy.terms(&candidates, NOW);
+            let got = (terms.hop_limit, terms.token_binding);
+            assert_eq!(got, expected, "{mode} {rules}");
+        }
+    }
+}
+
 #[test]
 fn a_rule_about_callers_sets_their_terms_though_another_decides() {
     let policy = policy(
