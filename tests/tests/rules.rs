@@ -166,6 +166,34 @@ fn c3_a_replaced_program_is_not_the_one_in_its_place() {
     child.wait().unwrap();
 }
 
+/// C3: a program in a place that is too deep for the kernel to name it is none that is excluded for sure.
+#[test]
+fn c3_a_program_whose_path_is_too_long_is_denied_with_the_unknown() {
+    let sandbox = Sandbox::configured(
+        GUARD,
+        "[[rule]]\nname = 'wget alone'\nexe = '!/usr/bin/wget'\naction = 'deny'\n",
+    );
+    let folder = Folder::new("c3-deep");
+    let program = folder.copy(&real("curl"), "curl");
+    let script = format!(
+        r"
+import os, sys
+os.chdir({:?})
+for _ in range(20):
+    os.mkdir('x' * 250)
+    os.chdir('x' * 250)
+os.rename({program:?}, 'curl')
+os.execv('./curl', ['curl', *sys.argv[1:]])
+",
+        folder.0
+    );
+    let mut deep = sandbox.lab.command(Place::Host, python());
+    let (status, event) = v1(&sandbox, deep.args(["-c", &script]));
+    assert_eq!((&event.caller.exe, event.caller.resolved), (&None, true));
+    assert_eq!(status, "403");
+    assert_eq!(event.rule.as_deref(), Some("wget alone"));
+}
+
 /// C3: a digest follows the content, wherever it is.
 #[test]
 fn c3_a_rule_on_a_digest_is_about_the_content() {
@@ -514,6 +542,21 @@ fn a_rule_on_an_ancestor_is_about_the_file_that_it_runs() {
     let mut from_copy = sandbox.lab.command(Place::Host, &copy);
     let (status, _) = v1(&sandbox, from_copy.args(["-c", "curl \"$@\"; true", "sh"]));
     assert_eq!(status, "401");
+}
+
+/// An ancestor that may be the excluded one is taken for it.
+#[test]
+fn a_rule_that_excludes_an_ancestor_wants_to_know_them_all() {
+    let sandbox = Sandbox::configured(
+        GUARD,
+        "[[rule]]\nname = 'only from cron'\nancestor_exe = '!/usr/sbin/cron'\naction = 'deny'\n",
+    );
+    let folder = Folder::new("ancestors");
+    let shell = folder.copy(&real("sh"), "sh");
+    let script = "rm \"$0\"; curl \"$@\"; true";
+    let mut from_deleted = sandbox.lab.command(Place::Host, &shell);
+    let (status, event) = v1(&sandbox, from_deleted.args(["-c", script]).arg(&shell));
+    assert_eq!((status.as_str(), event.rule.is_some()), ("403", true));
 }
 
 #[test]

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Action, Mode, Policy, Reason, Request, SessionToken, Verdict,
-    rule::{Ask, Fit, Rule, Subject},
+    fit::{Ask, Fit, Subject},
+    rule::Rule,
 };
 
 /// How a request would be judged.

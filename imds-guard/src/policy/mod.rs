@@ -8,6 +8,7 @@ pub mod caller;
 mod decide;
 mod expiry;
 mod explain;
+mod fit;
 pub mod head;
 mod hops;
 pub mod path;
@@ -22,10 +23,11 @@ pub use caller::Caller;
 pub use decide::{Action, Decision, HopLimitAction, Mode, Reason, SessionToken, Terms, Verdict};
 pub use expiry::Expiry;
 pub use explain::{Explanation, RuleExplanation};
+pub use fit::{Ask, Fit, Subject};
 pub use hops::{hops, reply_ttl};
 pub use refusal::Refusal;
 pub use request::{Flaw, Imds, MAX_TTL, Malformed, Request, TOKEN_HEADER, TTL_HEADER};
-pub use rule::{Ask, Fit, HopLimit, Rule, RuleAction, Subject};
+pub use rule::{HopLimit, Rule, RuleAction};
 pub use rules::{Candidates, Judgement, Needs, Policy, Rules};
 
 /// The beginning of a text, of at most so many bytes: what a client can make long is cut before it is

@@ -1,16 +1,14 @@
 //! Rules: for whom and what, and what is different there.
 
-use std::{collections::BTreeMap, ops::ControlFlow, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Binding, Caller, Imds,
-    caller::{Netns, Pod},
+    Binding,
     expiry::Expiry,
-    path::Path,
     pattern::{Glob, Number, OneOf, PathGlob, Pattern},
     refusal::Refusal,
 };
@@ -141,67 +139,7 @@ pub enum RuleAction {
 #[serde(try_from = "u8")]
 pub struct HopLimit(#[schemars(range(min = 1, max = 64))] u8);
 
-/// Who asks, and from where: what does not change during a connection.
-#[derive(Clone, Copy, Debug)]
-pub struct Subject<'a> {
-    /// The process.
-    pub caller: &'a Caller,
-    /// `ipv4` or `ipv6`.
-    pub endpoint: &'a str,
-    /// Network hops.
-    pub hops: u8,
-}
-
-/// What is asked.
-#[derive(Clone, Copy, Debug)]
-pub struct Ask<'a> {
-    /// Version of the protocol.
-    pub imds: Imds,
-    /// HTTP method.
-    pub method: &'a str,
-    /// Path.
-    pub path: &'a Path<'a>,
-}
-
-/// Whether a selector matches.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Fit {
-    /// It does not.
-    No,
-    /// What it asks for is not known.
-    Unknown,
-    /// It does.
-    Yes,
-}
-
 impl Rule {
-    /// Whether it matches a caller, apart from what is asked.
-    #[must_use]
-    pub fn fits(&self, subject: &Subject<'_>) -> Fit {
-        let mut fits = Fit::Yes;
-        let _done = self.each_of_caller(subject, &mut |_, fit| {
-            fits = fits.min(fit);
-            match fit {
-                Fit::No => ControlFlow::Break(()),
-                _ => ControlFlow::Continue(()),
-            }
-        });
-        fits
-    }
-
-    /// Whether it matches what is asked.
-    #[must_use]
-    pub fn covers(&self, ask: &Ask<'_>) -> bool {
-        self.each_of_request(ask, &mut |_, fit| match fit {
-            Fit::Yes => ControlFlow::Continue(()),
-            _ => ControlFlow::Break(()),
-        })
-        .is_continue()
-    }
-
     /// Whether it has selectors that are about requests, and not about callers alone.
     #[must_use]
     pub fn is_about_requests(&self) -> bool {
@@ -230,171 +168,6 @@ impl Rule {
             || self.namespace.is_some()
             || self.service_account.is_some()
             || !self.labels.is_empty()
-    }
-
-    /// Tells each selector about the caller, by name, and whether it matches.
-    pub(super) fn each_of_caller(
-        &self,
-        subject: &Subject<'_>,
-        tell: &mut impl FnMut(&'static str, Fit) -> ControlFlow<()>,
-    ) -> ControlFlow<()> {
-        let caller = subject.caller;
-        // What `/proc` tells of a process that could not be found there is not known.
-        let known = caller.resolved;
-        let text = |selector: &Option<OneOf<Glob>>, found: Option<&str>, known: bool| {
-            let globs = selector.as_ref()?;
-            Some(match found {
-                Some(found) => Fit::from(globs.matches(|glob| glob.matches(found))),
-                None if !known => Fit::Unknown,
-                // Nothing is among nothing, and is none of what is excluded.
-                None => Fit::from(globs.any().is_empty()),
-            })
-        };
-        let number = |selector: &Option<OneOf<Number>>, found: u32| {
-            let numbers = selector.as_ref()?;
-            Some(numbers.matches(|number| number.0 == found).into())
-        };
-        let mut tell = |name, fit: Option<Fit>| match fit {
-            Some(fit) => tell(name, fit),
-            None => ControlFlow::Continue(()),
-        };
-
-        tell("uid", number(&self.uid, caller.uid))?;
-        tell("gid", number(&self.gid, caller.gid))?;
-        tell("hops", number(&self.hops, subject.hops.into()))?;
-        tell("comm", text(&self.comm, Some(&caller.comm), true))?;
-        let netns = match caller.netns {
-            Netns::Host => "host",
-            Netns::Other => "other",
-        };
-        tell("netns", text(&self.netns, Some(netns), true))?;
-        tell(
-            "endpoint",
-            text(&self.endpoint, Some(subject.endpoint), true),
-        )?;
-        tell("user", text(&self.user, caller.user.as_deref(), known))?;
-        tell("group", text(&self.group, caller.group.as_deref(), known))?;
-        let unit = caller.systemd_unit.as_deref();
-        tell("systemd_unit", text(&self.systemd_unit, unit, known))?;
-        let container = caller.container_id.as_deref();
-        tell("container_id", text(&self.container_id, container, known))?;
-        tell(
-            "pod_uid",
-            text(&self.pod_uid, caller.pod_uid.as_deref(), known),
-        )?;
-        tell(
-            "cgroup",
-            self.cgroup
-                .as_ref()
-                .map(|globs| match caller.cgroup.as_deref() {
-                    Some(path) => globs.matches(|glob| glob.covers(path)).into(),
-                    None if !known => Fit::Unknown,
-                    None => Fit::No,
-                }),
-        )?;
-        let image = caller.container.as_ref().and_then(|it| it.image.as_deref());
-        let image_known = known && !caller.missing.container;
-        tell(
-            "container_image",
-            text(&self.container_image, image, image_known),
-        )?;
-        self.each_of_pod(caller, &mut tell)?;
-        tell(
-            "exe",
-            self.exe.as_ref().map(|globs| match &caller.exe {
-                _ if !known => Fit::Unknown,
-                Some(exe) if caller.exe_verified || self.names_container() => {
-                    globs.matches(|glob| glob.matches(exe)).into()
-                }
-                // Another file than the host has under that name, and so none of those that are named. Of
-                // those that are not to be it, it may be each: it never gains by that.
-                Some(_) if globs.any().is_empty() => (self.action == Some(RuleAction::Deny)).into(),
-                Some(_) | None => Fit::No,
-            }),
-        )?;
-        tell(
-            "ancestor_exe",
-            self.ancestor_exe.as_ref().map(|globs| {
-                let mut verified = caller.parents.iter().filter(|parent| parent.exe_verified);
-                if globs.any().is_empty() {
-                    let all = verified.all(|it| {
-                        it.exe
-                            .as_deref()
-                            .is_some_and(|exe| globs.matches(|glob| glob.matches(exe)))
-                    });
-                    return if known { all.into() } else { Fit::Unknown };
-                }
-                let is = |exe: &str| globs.matches(|glob| glob.matches(exe));
-                match verified.any(|it| it.exe.as_deref().is_some_and(is)) {
-                    false if !known => Fit::Unknown,
-                    found => found.into(),
-                }
-            }),
-        )?;
-        let sha256_known = known && !caller.missing.sha256;
-        tell(
-            "sha256",
-            text(&self.sha256, caller.exe_sha256.as_deref(), sha256_known),
-        )
-    }
-
-    fn each_of_pod(
-        &self,
-        caller: &Caller,
-        tell: &mut impl FnMut(&'static str, Option<Fit>) -> ControlFlow<()>,
-    ) -> ControlFlow<()> {
-        let pod = caller.pod.as_deref();
-        let known = caller.resolved && !caller.missing.pod;
-        let is = |globs: &OneOf<Glob>, found: Option<&str>| match (pod, found) {
-            (None, _) if !known => Fit::Unknown,
-            (_, Some(found)) => globs.matches(|glob| glob.matches(found)).into(),
-            (_, None) => Fit::from(globs.any().is_empty()),
-        };
-        let with = |selector: &Option<OneOf<Glob>>, field: fn(&Pod) -> Option<&str>| {
-            selector
-                .as_ref()
-                .map(|globs| is(globs, pod.and_then(field)))
-        };
-        tell("pod", with(&self.pod, |pod| Some(&pod.name)))?;
-        tell(
-            "namespace",
-            with(&self.namespace, |pod| Some(&pod.namespace)),
-        )?;
-        tell(
-            "service_account",
-            with(&self.service_account, |pod| pod.service_account.as_deref()),
-        )?;
-        let labels = self.labels.iter().map(|(key, globs)| {
-            is(
-                globs,
-                pod.and_then(|pod| pod.labels.get(key)).map(String::as_str),
-            )
-        });
-        tell("labels", labels.min())
-    }
-
-    /// Tells each selector about the request, by name, and whether it matches.
-    pub(super) fn each_of_request(
-        &self,
-        ask: &Ask<'_>,
-        tell: &mut impl FnMut(&'static str, Fit) -> ControlFlow<()>,
-    ) -> ControlFlow<()> {
-        if let Some(imds) = &self.imds {
-            tell(
-                "imds",
-                imds.matches(|glob| glob.matches(ask.imds.as_str())).into(),
-            )?;
-        }
-        if let Some(method) = &self.method {
-            tell(
-                "method",
-                method.matches(|glob| glob.matches(ask.method)).into(),
-            )?;
-        }
-        if let Some(path) = &self.path {
-            tell("path", path.matches(|glob| glob.covers(ask.path)).into())?;
-        }
-        ControlFlow::Continue(())
     }
 
     /// Checks what no single key can.
@@ -487,11 +260,5 @@ impl TryFrom<u8> for HopLimit {
             1..=64 => Ok(Self(limit)),
             _ => Err("a hop limit is a number from 1 to 64"),
         }
-    }
-}
-
-impl From<bool> for Fit {
-    fn from(fits: bool) -> Self {
-        if fits { Self::Yes } else { Self::No }
     }
 }

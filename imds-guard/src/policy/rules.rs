@@ -10,8 +10,9 @@ use jiff::Timestamp;
 use super::{
     Action, Binding, Caller, Decision, HopLimitAction, Mode, Reason, Request, SessionToken, Terms,
     Verdict,
+    fit::{Ask, Fit, Subject},
     pattern::{Glob, Number, OneOf},
-    rule::{Ask, Fit, Rule, Subject},
+    rule::Rule,
 };
 
 /// What is decided, for everybody.

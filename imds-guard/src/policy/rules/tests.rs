@@ -26,9 +26,9 @@ fn caller() -> Caller {
         exe_verified: true,
         exe_sha256: Some("ab".repeat(32)),
         parents: vec![
-            parent("/usr/bin/bash", true),
-            parent("/usr/sbin/cron", true),
-            parent("/usr/sbin/sshd", false),
+            parent(6, "/usr/bin/bash", true),
+            parent(5, "/usr/sbin/cron", true),
+            parent(1, "/usr/sbin/sshd", false),
         ],
         cgroup: Some("/system.slice/web.service".into()),
         user: Some("www-data".into()),
@@ -38,9 +38,9 @@ fn caller() -> Caller {
     }
 }
 
-fn parent(exe: &str, exe_verified: bool) -> Parent {
+fn parent(pid: u32, exe: &str, exe_verified: bool) -> Parent {
     Parent {
-        pid: 1,
+        pid,
         exe: Some(exe.into()),
         exe_verified,
     }
@@ -134,6 +134,10 @@ fn a_selector_matches_whom_it_names() {
         ("exe = ['/usr/bin/*', '!/usr/bin/curl']", No, No, Unknown, No,  No),
         ("exe = '!/usr/bin/wget'",               Yes, No,  Unknown, No,  No),
         ("exe = '!/usr/bin/wget'\naction = 'deny'", Yes, Yes, Unknown, Yes, Yes),
+        ("exe = '!/usr/bin/curl'\naction = 'deny'", No, Yes, Unknown, Yes, Yes),
+        ("exe = '/usr/bin/curl'\naction = 'deny'", Yes, No, Unknown, No,  No),
+        ("exe = '/usr/bin/curl'\nnamespace = '!kube-system'", Yes, No, Unknown, No, No),
+        ("exe = '!/usr/bin/wget'\nnamespace = '!kube-system'", Yes, Yes, Unknown, No, Unknown),
         ("exe = '/app'\nnamespace = 'shop'",     No,  Yes, Unknown, No,  Unknown),
         (digest.as_str(),                        Yes, Yes, Yes,     Yes, Unknown),
         ("ancestor_exe = '/usr/sbin/cron'",      Yes, Yes, Unknown, Yes, Yes),
@@ -161,6 +165,49 @@ fn a_selector_matches_whom_it_names() {
         let callers = [&caller(), &in_pod(), &gone, &other_file, &late];
         let got = callers.map(|caller| rule.fits(&subject(caller)));
         assert_eq!(got, [host, pod, of_gone, faked, of_late], "{selectors}");
+    }
+}
+
+/// What nobody can look at may be what is excluded: an exception is not for it, and a ban is.
+#[test]
+fn what_is_not_verified_never_gains_by_that() {
+    use Fit::{No, Yes};
+    // Its path is longer than the kernel can say.
+    let nameless = |caller| Caller {
+        exe: None,
+        exe_verified: false,
+        ..caller
+    };
+    let of = |parents: &[(u32, &str, bool)]| Caller {
+        parents: parents
+            .iter()
+            .map(|(pid, exe, verified)| parent(*pid, exe, *verified))
+            .collect(),
+        ..caller()
+    };
+    let cron = "/usr/sbin/cron";
+    let init = Caller { pid: 1, ..of(&[]) };
+    #[rustfmt::skip]
+    let table = [
+        // selector, caller                                                       allow deny
+        ("exe = '!/usr/bin/wget'", nameless(caller()),                            No,  Yes),
+        ("exe = '!/usr/bin/wget'\nnamespace = 'shop'", nameless(in_pod()),        No,  Yes),
+        ("exe = ['/usr/bin/*', '!/usr/bin/wget']", nameless(caller()),            No,  No),
+        ("ancestor_exe = '!/usr/sbin/cron'", of(&[(6, "/bin/sh", true), (1, "/init", true)]), Yes, Yes),
+        ("ancestor_exe = '!/usr/sbin/cron'", init,                                Yes, Yes),
+        ("ancestor_exe = '!/usr/sbin/cron'", of(&[(6, cron, true), (1, "/init", true)]),  No, No),
+        ("ancestor_exe = '!/usr/sbin/cron'", of(&[(6, cron, true), (1, "/init", false)]), No, No),
+        ("ancestor_exe = '!/usr/sbin/cron'", of(&[(6, cron, false), (1, "/init", true)]), No, Yes),
+        ("ancestor_exe = '!/usr/sbin/cron'", of(&[(6, "/bin/sh", true)]),         No,  Yes),
+        ("ancestor_exe = '!/usr/sbin/cron'", of(&[]),                             No,  Yes),
+        ("ancestor_exe = ['/bin/*', '!/bin/dash']", of(&[(6, "/bin/sh", false)]), No,  No),
+    ];
+    for (selectors, caller, allow, deny) in table {
+        for (action, expected) in [("allow", allow), ("deny", deny)] {
+            let rule = rule(&format!("{selectors}\naction = '{action}'"));
+            let got = rule.fits(&subject(&caller));
+            assert_eq!(got, expected, "{selectors} {action} {:?}", caller.parents);
+        }
     }
 }
 
