@@ -27,7 +27,7 @@ use crate::{
     kernel::probe,
     lab::{Guard, Lab, LabConfig, Place, kill_all},
     policy::Mode,
-    record::{Kind, Request},
+    record::{Kind, Request, to_json},
 };
 use clients::CLIENTS;
 
@@ -220,7 +220,7 @@ fn attend(arguments: &Arguments, lab: &Lab, guard: Guard) -> Result<ExitCode> {
         .collect();
     if arguments.json {
         for event in &events {
-            println!("{}", serde_json::to_string(event)?);
+            println!("{}", to_json(event)?);
         }
     } else if !requests.is_empty() {
         table::title(arguments.mode);

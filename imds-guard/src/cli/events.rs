@@ -13,7 +13,7 @@ use crate::{
     control::{Client, Request as Ask},
     failure::Failure,
     policy::{Imds, Verdict},
-    record::{Event, Kind, Request, words},
+    record::{Event, Kind, Request, escaped, words},
 };
 
 /// For `--help`.
@@ -167,7 +167,8 @@ impl Arguments {
 
 fn show(out: &mut impl io::Write, json: bool, line: &str, event: &Event) -> io::Result<()> {
     if json {
-        writeln!(out, "{line}")?;
+        // It may come from a file that others have written.
+        writeln!(out, "{}", escaped(line.to_owned()))?;
     } else {
         writeln!(out, "{}", words(event))?;
     }

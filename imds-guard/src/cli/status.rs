@@ -17,7 +17,7 @@ use crate::{
     control::{Client, Request, Status},
     failure::Failure,
     kernel::{AliveUntil, Control, Counters, PERIMETER_PIN, PINS, Pins},
-    record::Counts,
+    record::{Counts, to_json_pretty},
 };
 
 /// For `--help`.
@@ -118,7 +118,7 @@ fn show(arguments: &Arguments) -> Result<ExitCode, Failure> {
         },
     };
     if arguments.json {
-        let json = serde_json::to_string_pretty(&report).map_err(anyhow::Error::from)?;
+        let json = to_json_pretty(&report).map_err(anyhow::Error::from)?;
         println!("{json}");
     } else {
         print(&report);

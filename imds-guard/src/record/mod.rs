@@ -1,6 +1,7 @@
 //! What happened: the event schema and where events go.
 
 mod event;
+mod json;
 mod metrics;
 pub mod output;
 mod queue;
@@ -13,6 +14,7 @@ pub use event::{
     Kind, Latency, Layer, Packet, PolicyChange, RefusedConnection, Request, RuleExpired,
     SCHEMA_VERSION, Started, Stopped, Unwatched, UpstreamFailure, UpstreamFailureKind,
 };
+pub use json::{escaped, to_json, to_json_pretty};
 pub use metrics::Metrics;
 pub use sink::{Lines, Recorder, Writer};
 pub use tally::{ByVersion, Tally, Totals, label};

@@ -156,7 +156,11 @@ fn f3_pipes_are_taken_only_where_nobody_else_can_put_them() {
 
     let reader = {
         let pipe = pipe.clone();
-        thread::spawn(move || BufReader::new(File::open(pipe).unwrap()).lines().count())
+        thread::spawn(move || {
+            let pipe = File::open(pipe).unwrap();
+            thread::sleep(Duration::from_millis(300));
+            BufReader::new(pipe).lines().count()
+        })
     };
     let begun = Instant::now();
     let file = loop {

@@ -17,13 +17,17 @@ use imds_guard::{
     policy::{Caller, Imds, Reason, Verdict},
     record::{
         Event, Kind, Recorder, Request,
-        output::{Collector, Format, Journald, Lines, Otlp, Output, Outputs},
+        output::{Collector, Format, Journald, Lines, LogFile, Otlp, Output, Outputs},
     },
 };
 use imds_guard_tests::{Sandbox, python, run};
 use serde_json::Value;
 
-use crate::{GUARD, INSTANCE_ID_PATH, events::a_request, logs::Folder};
+use crate::{
+    GUARD, INSTANCE_ID_PATH,
+    events::a_request,
+    logs::{Folder, ROTATION},
+};
 
 /// Kills it in the end.
 pub struct Helper(pub Child);
@@ -54,7 +58,7 @@ impl Drop for Helper {
 }
 
 /// Whatever a caller may say.
-const EVIL: &str = "a\nIMDS_VERDICT=allow\n\u{1b}[2J\"},{\"x\":\"\u{2028}";
+const EVIL: &str = "a\nIMDS_VERDICT=allow\n\u{1b}[2J\"},{\"x\":\"\u{2028}\u{9b}2J\u{202e}";
 
 fn evil() -> Request {
     let request = a_request();
@@ -97,6 +101,7 @@ fn fitting(format: Format, schema: &str, events: &[Event]) -> Vec<Value> {
     assert!(lines.flush().is_ok());
     drop(lines);
     let text = fs::read_to_string(&values).unwrap();
+    assert_plain(&text);
     fs::write(&file, schema).unwrap();
     let script = "
 import json, jsonschema, sys
@@ -116,6 +121,15 @@ for line in open(sys.argv[2]):
     text.lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect()
+}
+
+/// Nothing but line ends is for a terminal to obey.
+fn assert_plain(text: &str) {
+    let is_obeyed = |it: &char| {
+        *it != '\n' && (it.is_control() || "\u{202e}\u{2066}\u{2028}\u{61c}".contains(*it))
+    };
+    let obeyed: Vec<_> = text.chars().filter(is_obeyed).collect();
+    assert!(obeyed.is_empty(), "{obeyed:?} in {text}");
 }
 
 fn event(request: Request) -> Event {
@@ -196,6 +210,35 @@ fn f2_emf_fits_the_schema_and_has_an_end() {
     assert_eq!(lines.last().unwrap()["Process"], "other");
 }
 
+/// F2: the log, whoever listens and `events --json` can be looked at in a terminal.
+#[test]
+fn f2_json_does_nothing_to_a_terminal() {
+    let folder = Folder::new("terminal");
+    let log = LogFile::open(&folder.log(), ROTATION).unwrap();
+    let outputs = Outputs::default().with("events", Lines::to_file(Format::Json, log));
+    let (recorder, writer) = Recorder::start("h", outputs).unwrap();
+    let mut heard = recorder.listen();
+    recorder.record(Kind::Request(Box::new(evil())));
+    let heard = heard.try_recv().unwrap();
+    drop(recorder);
+    writer.finish();
+    let written = fs::read(folder.log()).unwrap();
+    assert_eq!(written, *heard);
+    assert_plain(std::str::from_utf8(&written).unwrap());
+    // A log that something else has written.
+    let raw = serde_json::to_string(&event(evil())).unwrap();
+    fs::write(folder.log(), raw + "\n").unwrap();
+    let shown = run(Command::new(GUARD)
+        .args(["events", "--json", "--since", "1h", "--file"])
+        .arg(folder.log()));
+    let text = String::from_utf8(shown.stdout).unwrap();
+    assert_plain(&text);
+    let Kind::Request(again) = serde_json::from_str::<Event>(&text).unwrap().kind else {
+        panic!("{text}");
+    };
+    assert_eq!(again.user_agent.as_deref(), Some(EVIL));
+}
+
 /// F2: journald gets fields; what callers say is in one field each.
 #[test]
 fn f2_journald_gets_fields_that_nobody_can_forge() {
@@ -219,7 +262,7 @@ fn f2_journald_gets_fields_that_nobody_can_forge() {
     assert_eq!(all("IMDS_PATH"), [EVIL]);
     assert_eq!(all("IMDS_CALLER_COMM"), [EVIL]);
     assert_eq!(all("PRIORITY"), ["4"]);
-    assert!(!all("MESSAGE")[0].contains(['\n', '\u{1b}']));
+    assert_plain(all("MESSAGE")[0]);
 }
 
 /// A journald of the test's own finds requests by their fields.

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::{
     policy::{Imds, Verdict},
-    record::{Event, Kind, label},
+    record::{Event, Kind, escaped, label},
 };
 
 /// Processes that get a metric of their own. Each costs money, and callers choose their names.
@@ -62,7 +62,7 @@ impl Emf {
             "UserAgent": request.user_agent,
             "Verdict": request.verdict,
         });
-        out.extend_from_slice(line.to_string().as_bytes());
+        out.extend_from_slice(escaped(line.to_string()).as_bytes());
         out.push(b'\n');
     }
 

@@ -28,6 +28,7 @@ pub use otlp::{Collector, Otlp};
 use super::{
     Event, Kind,
     queue::{Ending, Queue},
+    to_json,
 };
 pub(super) use spread::Spread;
 use tracked::Tracked;
@@ -174,7 +175,7 @@ impl Outputs {
 
 /// An event as it is written; `None` if it cannot be.
 pub fn line(event: &Event) -> Option<Vec<u8>> {
-    let mut line = serde_json::to_vec(event).ok()?;
-    line.push(b'\n');
-    Some(line)
+    let mut line = to_json(event).ok()?;
+    line.push('\n');
+    Some(line.into_bytes())
 }

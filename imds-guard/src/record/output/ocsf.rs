@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     policy::{Caller, Verdict},
-    record::{Endpoint, Event, Kind, Request},
+    record::{Endpoint, Event, Kind, Request, escaped},
 };
 
 const VERSION: &str = "1.3.0";
@@ -16,7 +16,7 @@ const HTTP_ACTIVITY: u32 = 4002;
 /// Appends a request as one line; other events have no place in the class.
 pub fn write(event: &Event, out: &mut Vec<u8>) {
     if let Kind::Request(request) = &event.kind {
-        out.extend_from_slice(activity(event, request).to_string().as_bytes());
+        out.extend_from_slice(escaped(activity(event, request).to_string()).as_bytes());
         out.push(b'\n');
     }
 }
