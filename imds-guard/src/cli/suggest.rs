@@ -1,5 +1,7 @@
 //! From what was seen to rules that would let it go on.
 
+mod paths;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
@@ -9,14 +11,20 @@ use jiff::civil::Date;
 use toml::Value;
 
 use crate::{
-    policy::{Caller, Imds, Reason, Verdict},
+    policy::{Caller, Imds, Reason, Verdict, caller::Pod},
     record::{Event, Kind, Request},
 };
 
-/// Paths that a suggestion names; a caller that asks for more gets all of them.
-const MAX_PATHS: usize = 8;
+/// Kinds of what makes pods, and gives them its name with something behind it.
+const MAKES_PODS: [&str; 5] = [
+    "DaemonSet",
+    "Deployment",
+    "Job",
+    "ReplicaSet",
+    "StatefulSet",
+];
 
-/// What was refused, or marked, and of whom.
+/// What was refused, marked, or let through by an exception, and of whom.
 #[derive(Default)]
 pub struct Seen {
     callers: BTreeMap<Identity, Wants>,
@@ -25,7 +33,7 @@ pub struct Seen {
     left_out: BTreeMap<String, u64>,
 }
 
-/// What a caller is best known by: selectors and their values, in the order of a rule.
+/// What a caller is best known by: selectors and their patterns, in the order of a rule.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Identity(Vec<(&'static str, String)>);
 
@@ -34,6 +42,8 @@ struct Identity(Vec<(&'static str, String)>);
 struct Wants {
     /// Paths over IMDSv1, and how often each.
     v1: BTreeMap<String, u64>,
+    /// Whether a rule carried over all of these: it has to go on doing so.
+    is_upgraded: bool,
     /// Programs that ask.
     programs: BTreeSet<String>,
     /// The furthest that a token would have to travel.
@@ -50,18 +60,20 @@ impl Seen {
         let Kind::Request(request) = &event.kind else {
             return;
         };
-        self.requests += 1;
-        if !matches!(request.verdict, Verdict::Audit | Verdict::Deny) {
-            return;
-        }
-        let is_v1 = request.imds == Some(Imds::V1) && request.reason == Reason::NoToken;
-        let is_needed = is_v1
-            || matches!(
-                request.reason,
-                Reason::HopLimit | Reason::ForeignToken | Reason::UnboundToken
-            );
+        self.requests += request.calls();
+        let is_v1 = request.imds == Some(Imds::V1);
+        let is_needed = match (request.verdict, request.reason) {
+            // These are about to be replaced: whoever relies on an exception needs it in the new ones.
+            (Verdict::Allow, Reason::Rule) | (Verdict::Upgrade, _) => is_v1,
+            (Verdict::Allow, _) => false,
+            (_, Reason::NoToken) => is_v1,
+            (_, Reason::HopLimit | Reason::ForeignToken | Reason::UnboundToken) => true,
+            (_, reason) => {
+                *self.left_out.entry(reason.to_string()).or_default() += request.calls();
+                false
+            }
+        };
         if !is_needed {
-            *self.left_out.entry(request.reason.to_string()).or_default() += 1;
             return;
         }
         let wants = self
@@ -124,23 +136,26 @@ impl Wants {
             .unwrap_or(&request.caller.comm);
         self.programs.insert(program.to_owned());
         match request.reason {
-            Reason::NoToken => *self.v1.entry(request.path.clone()).or_default() += 1,
+            Reason::NoToken | Reason::Rule | Reason::Upgraded => {
+                let is_upgrade = request.verdict == Verdict::Upgrade;
+                self.is_upgraded = is_upgrade && (self.is_upgraded || self.v1.is_empty());
+                *self.v1.entry(request.path.clone()).or_default() += request.calls();
+            }
             Reason::HopLimit => self.hops = self.hops.max(request.hops),
             _ => self.foreign = true,
         }
     }
 
     fn v1_rule(&self, until: Date) -> Vec<(&'static str, Value)> {
-        let mut keys = vec![
+        let paths = paths::patterns(self.v1.keys().map(String::as_str));
+        let paths: Vec<Value> = paths.into_iter().map(Value::from).collect();
+        let action = if self.is_upgraded { "upgrade" } else { "allow" };
+        vec![
             ("expires", Value::from(until.to_string())),
             ("imds", "v1".into()),
-        ];
-        if self.v1.len() <= MAX_PATHS && self.v1.keys().all(|path| is_plain(path)) {
-            let paths: Vec<Value> = self.v1.keys().map(|path| path.as_str().into()).collect();
-            keys.push(("path", paths.into()));
-        }
-        keys.push(("action", "allow".into()));
-        keys
+            ("path", paths.into()),
+            ("action", action.into()),
+        ]
     }
 
     fn token_rule(&self) -> Vec<(&'static str, Value)> {
@@ -160,57 +175,55 @@ impl Identity {
     /// before the program.
     fn of(caller: &Caller) -> Self {
         let mut by = Vec::new();
-        let mut add = |key, value: Option<&str>| {
-            if let Some(value) = value.filter(|value| !value.is_empty()) {
-                by.push((key, value.to_owned()));
-            }
+        let exactly = |text: Option<&str>| text.filter(|text| !text.is_empty()).map(literal);
+        let mut add = |key, pattern: Option<String>| {
+            let is_known = pattern.is_some();
+            by.extend(pattern.map(|pattern| (key, pattern)));
+            is_known
         };
         let image = caller.container.as_ref().and_then(|it| it.image.as_deref());
-        if let Some(pod) = &caller.pod {
-            add("namespace", Some(&pod.namespace));
-            match &pod.service_account {
-                Some(account) if account != "default" => add("service_account", Some(account)),
-                _ => add("container_image", image),
-            }
-        } else if image.is_some() {
-            add("container_image", image);
-        } else if caller.container_id.is_some() {
-            add("container_id", caller.container_id.as_deref());
-        } else {
-            let is_service = |unit: &&str| unit.ends_with(".service");
+        let is_known = if let Some(pod) = &caller.pod {
+            add("namespace", exactly(Some(&pod.namespace)));
+            // Many run as the default one: not all of a namespace are meant.
+            let account = pod.service_account.as_deref();
+            let siblings = name_of_owner(pod).map(|owner| format!("{}-*", literal(owner)));
             add(
-                "systemd_unit",
-                caller.systemd_unit.as_deref().filter(is_service),
-            );
-            add("exe", caller.exe.as_deref().filter(|_| caller.exe_verified));
-            match &caller.user {
-                Some(user) => add("user", Some(user)),
-                None => add("uid", Some(&caller.uid.to_string())),
-            }
+                "service_account",
+                exactly(account.filter(|it| *it != "default")),
+            ) || add("container_image", exactly(image))
+                || add("pod", siblings)
+                || add("pod_uid", exactly(caller.pod_uid.as_deref()))
+        } else {
+            add("container_image", exactly(image))
+                || add("container_id", exactly(caller.container_id.as_deref()))
+        };
+        if !is_known {
+            let is_service = |unit: &&str| unit.ends_with(".service");
+            let unit = caller.systemd_unit.as_deref().filter(is_service);
+            add("systemd_unit", exactly(unit));
+            let exe = caller.exe.as_deref().filter(|_| caller.exe_verified);
+            add("exe", exactly(exe));
+            let uid = caller.uid.to_string();
+            let _is_known = add("user", exactly(caller.user.as_deref())) || add("uid", Some(uid));
             if !caller.exe_verified {
-                add("cgroup", caller.cgroup.as_deref());
+                add("cgroup", exactly(caller.cgroup.as_deref()));
             }
         }
         Self(by)
     }
 
     fn short(&self) -> String {
-        let (_, most_telling) = &self.0[0];
-        most_telling
-            .rsplit('/')
-            .next()
-            .unwrap_or_default()
-            .to_owned()
+        let most_telling = self.0.first().map_or("", |(_, pattern)| pattern);
+        let last = most_telling.rsplit('/').next().unwrap_or_default();
+        last.replace('\\', "")
     }
 }
 
-/// Whether a path means in a rule what it says.
-fn is_plain(path: &str) -> bool {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-_.".contains(&byte);
-    path.bytes().all(is_plain)
-        && !path.contains("..")
-        && !path.contains("//")
-        && !path.contains("/./")
+/// What the names of a pod and its like begin with.
+fn name_of_owner(pod: &Pod) -> Option<&str> {
+    let (kind, name) = pod.owner.as_deref()?.split_once('/')?;
+    let rest = pod.name.strip_prefix(name)?;
+    (MAKES_PODS.contains(&kind) && !name.is_empty() && rest.starts_with('-')).then_some(name)
 }
 
 fn unused(names: &mut BTreeSet<String>, wanted: String) -> String {
@@ -252,7 +265,7 @@ fn write_rule(
     for (key, value) in &identity.0 {
         match *key {
             "uid" => writeln!(text, "{key} = {value}")?,
-            _ => writeln!(text, "{key} = {}", Value::from(literal(value)))?,
+            _ => writeln!(text, "{key} = {}", Value::from(value.as_str()))?,
         }
     }
     for (key, value) in keys {
@@ -272,3 +285,6 @@ fn literal(text: &str) -> String {
     }
     pattern
 }
+
+#[cfg(test)]
+mod tests;
