@@ -126,7 +126,7 @@ impl Resolver {
         if process.shares_netns(&self.proc) {
             origin.netns_cookie = self.netns_cookie.unwrap_or_default();
         }
-        let path = process.cgroup().and_then(|cgroup| cgroup.path());
+        let path = process.cgroup().ok().and_then(Cgroups::path);
         origin.cgroup_id = path
             .and_then(|path| self.hierarchy.id(&path))
             .unwrap_or_default();
@@ -168,7 +168,9 @@ impl Resolver {
     }
 
     async fn describe(&self, caller: &mut Caller, process: process::Process, needs: Needs) {
-        let cgroup = process.cgroup().unwrap_or_default();
+        let cgroup = process.cgroup();
+        let unreadable = cgroup.as_ref().err().copied();
+        let cgroup = cgroup.unwrap_or_default();
         caller.exe = process.exe();
         caller.started = process.started();
         caller.exe_verified = match &caller.exe {
@@ -193,7 +195,9 @@ impl Resolver {
         caller.container_id = container.id;
         caller.container_runtime = container.runtime;
         caller.pod_uid = container.pod_uid;
-        let host_user = caller.container_id.is_none() || cgroup.is_of_user();
+        // Where the cgroup is not known, it may be a container's.
+        let host_user =
+            unreadable.is_none() && (caller.container_id.is_none() || cgroup.is_of_user());
         caller.cgroup = cgroup.path();
         if host_user {
             caller.user = self.users.name(caller.uid);
@@ -214,10 +218,12 @@ impl Resolver {
         }
         // All of the above was read through one handle, which the kernel ties to one process; if
         // that has ended meanwhile, part of it may be missing.
-        if process.is_alive() {
-            caller.resolved = true;
-        } else {
-            caller.unresolved = Some(Unresolved::Gone);
+        caller.unresolved = match process.is_alive() {
+            true => unreadable,
+            false => Some(Unresolved::Gone),
+        };
+        caller.resolved = caller.unresolved.is_none();
+        if !caller.resolved {
             // These were asked for by pid, which may have been somebody else's by then.
             caller.exe_verified = false;
             caller.exe_sha256 = None;

@@ -23,6 +23,11 @@ use crate::policy::{
 const MAX_PARENTS: usize = 32;
 /// Longest command line that is read, in bytes.
 const MAX_COMMAND_LINE: u64 = 4096;
+/// Most that is read of the cgroups it is in, in bytes.
+const MAX_CGROUPS: u64 = 64 * 1024;
+/// Longest line of these. Who may make cgroups can nest them without end; the kernel refuses to tell a path of
+/// more than 4096 bytes (PATH_MAX), or cuts it off.
+const MAX_CGROUP: usize = 4096;
 /// Longest path of an executable, in bytes.
 const MAX_EXE: usize = 1024;
 /// Flag of a kernel thread in `/proc/PID/stat` (kernel: PF_KTHREAD, include/linux/sched.h).
@@ -139,15 +144,22 @@ impl Process {
         parents
     }
 
-    /// The cgroups it is in.
-    pub fn cgroup(&self) -> Option<Cgroups> {
-        let mut text = String::new();
-        self.inner
-            .open_relative("cgroup")
-            .ok()?
-            .read_to_string(&mut text)
-            .ok()?;
-        Some(Cgroups::parse(&text))
+    /// The cgroups it is in. Their names are bytes of somebody's choice, and need not be text.
+    ///
+    /// # Errors
+    /// It is gone, or its cgroup is nested too deep for the kernel to tell.
+    pub fn cgroup(&self) -> Result<Cgroups, Unresolved> {
+        let file = self.inner.open_relative("cgroup").map_err(|e| why(&e))?;
+        let mut bytes = Vec::new();
+        let read = file.take(MAX_CGROUPS).read_to_end(&mut bytes);
+        read.map_err(|e| why(&e.into()))?;
+        if bytes
+            .split(|byte| *byte == b'\n')
+            .any(|line| line.len() >= MAX_CGROUP)
+        {
+            return Err(Unresolved::Unreadable);
+        }
+        Ok(Cgroups::parse(&String::from_utf8_lossy(&bytes)))
     }
 
     /// Whether it is in the guard's own network namespace.

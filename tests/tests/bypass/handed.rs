@@ -1,13 +1,18 @@
 //! Sockets that were made elsewhere, earlier or by somebody else than those who use them.
 
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt as _};
+
 use imds_guard::{
     lab::{Guard, Place, Room},
-    policy::{Verdict, caller::Netns},
+    policy::{
+        Reason, Verdict,
+        caller::{Netns, Unresolved},
+    },
     record::{Kind, Layer},
 };
-use imds_guard_tests::lab;
+use imds_guard_tests::{Sandbox, lab, python};
 
-use super::{assert_untouched, attack, begin, enforced, packet, room, talk};
+use super::{assert_untouched, attack, begin, enforced, packet, ran, room, talk};
 use crate::{GUARD, INSTANCE_ID_PATH};
 
 const SCRIPT: &str = include_str!("handed.py");
@@ -118,5 +123,65 @@ fn c5_cgroup_namespaces() {
     assert!(imds_guard_tests::run(unshare.args(inside)).status.success());
     let cgroup = sandbox.caller().cgroup.unwrap();
     assert!(cgroup.ends_with("/host"), "{cgroup}");
+    assert_untouched(&sandbox);
+}
+
+/// C5: a cgroup whose name is not text, and one that is nested without end: rules on the
+/// container around it hold, root in there is not the host's, and who is not known is refused.
+#[test]
+fn c5_cgroups_that_cannot_be_read_as_text() {
+    const CONTAINER: &str = "3f4a0e6d1b2c5e7f9a8b7c6d5e4f3a2b1c0d9e8f7a6b5c4d3e2f1a0b9c8d7e6f";
+    let rule = format!(
+        "mode = 'enforce'
+         [[rule]]
+         name = 'not this container'
+         container_id = '{CONTAINER}'
+         action = 'deny'
+         [[rule]]
+         name = 'root of the host'
+         user = 'root'
+         imds = 'v1'
+         action = 'allow'"
+    );
+    let sandbox = Sandbox::configured(GUARD, &rule);
+    let container = format!("docker-{CONTAINER}.scope");
+    let container = sandbox.lab.add_room(Place::Host, &container).unwrap();
+    let ask = "import os, sys, urllib.request, urllib.error
+os.chdir(sys.argv[1])
+for name in sys.argv[2:]:
+    name = os.fsencode(name)
+    os.mkdir(name)
+    os.chdir(name)
+open('cgroup.procs', 'w').write('0')
+try: print(urllib.request.urlopen(f'http://169.254.169.254/latest/meta-data/instance-id').status)
+except urllib.error.HTTPError as error: print(error.code)
+# Nobody else can remove what has such a path.
+open(sys.argv[1] + '/cgroup.procs', 'w').write('0')
+for name in reversed(sys.argv[2:]):
+    os.chdir('..')
+    os.rmdir(os.fsencode(name))";
+    let long = "d".repeat(250);
+    let no_text = OsStr::from_bytes(b"\xff\xfe");
+    for (names, resolved) in [(vec![no_text], true), (vec![OsStr::new(&long); 20], false)] {
+        let mut command = container.command(python());
+        command.args(["-c", ask]).arg(container.cgroup().path());
+        assert_eq!(ran(command.args(names)), "403");
+        let event = sandbox.request();
+        let caller = &event.caller;
+        assert_eq!(
+            (caller.resolved, &caller.user),
+            (resolved, &None),
+            "{caller:?}"
+        );
+        if resolved {
+            assert_eq!(event.rule.as_deref(), Some("not this container"));
+            assert_eq!(caller.container_id.as_deref(), Some(CONTAINER));
+            let cgroup = caller.cgroup.as_deref().unwrap();
+            assert!(cgroup.ends_with("/\u{fffd}\u{fffd}"), "{cgroup}");
+        } else {
+            assert_eq!(caller.unresolved, Some(Unresolved::Unreadable));
+            assert_eq!(event.reason, Reason::UnknownCaller);
+        }
+    }
     assert_untouched(&sandbox);
 }
