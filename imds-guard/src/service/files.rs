@@ -9,7 +9,10 @@ use std::{
 };
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use tokio::io::unix::AsyncFd;
+use tokio::{
+    io::unix::AsyncFd,
+    time::{Instant, timeout_at},
+};
 
 use crate::config::drop_ins;
 
@@ -20,6 +23,8 @@ const SETTLE: Duration = Duration::from_millis(200);
 /// has closed it, or has moved it to its place.
 pub struct FileWatch {
     inotify: Option<AsyncFd<Watches>>,
+    /// Something has changed, and is left alone until then.
+    settled: Option<Instant>,
 }
 
 impl FileWatch {
@@ -34,20 +39,35 @@ impl FileWatch {
                 );
             })
             .ok();
-        Self { inotify }
+        Self {
+            inotify,
+            settled: None,
+        }
     }
 
-    /// Waits until something has changed, and no longer does.
+    /// Waits until something has changed, and no longer does. Nothing is lost when it is not waited for to
+    /// the end: what was seen until then is told the next time.
     pub async fn changed(&mut self) {
-        let Some(inotify) = &mut self.inotify else {
-            return pending().await;
-        };
-        if read(inotify).await.is_err() {
-            log::warn!("configuration files are not watched any more");
-            self.inotify = None;
-            return pending().await;
+        loop {
+            let Some(inotify) = &self.inotify else {
+                return pending().await;
+            };
+            let seen = match self.settled {
+                Some(settled) => timeout_at(settled, read(inotify)).await,
+                None => Ok(read(inotify).await),
+            };
+            match seen {
+                Ok(Ok(())) => self.settled = Some(Instant::now() + SETTLE),
+                Ok(Err(error)) => {
+                    log::warn!("configuration files are not watched any more: {error}");
+                    self.inotify = None;
+                }
+                Err(_elapsed) => {
+                    self.settled = None;
+                    return;
+                }
+            }
         }
-        while let Ok(Ok(())) = tokio::time::timeout(SETTLE, read(inotify)).await {}
     }
 }
 
@@ -88,5 +108,31 @@ async fn read(inotify: &AsyncFd<Watches>) -> io::Result<()> {
             Ok(events) => return events.map(drop),
             Err(_would_block) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// Whoever waits for other things, too, gives up waiting whenever one of them happens.
+    #[tokio::test]
+    async fn a_change_is_not_lost_when_something_else_happens_meanwhile() {
+        let folder = std::env::temp_dir().join(format!("imds-guard-{}-watch", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let file = folder.join("config.toml");
+        let mut watch = FileWatch::start(&file);
+        fs::write(&file, "").unwrap();
+        // Long enough to see it, and not to the end.
+        let told = timeout(SETTLE / 4, watch.changed()).await.is_ok()
+            || timeout(SETTLE * 20, watch.changed()).await.is_ok();
+        assert!(told);
+        let again = timeout(SETTLE * 2, watch.changed()).await;
+        assert!(again.is_err(), "it is told once");
+        fs::remove_dir_all(&folder).unwrap();
     }
 }
