@@ -1,12 +1,18 @@
 //! The process behind a request is named, truly and completely.
 
-use std::os::unix::fs::MetadataExt as _;
+use std::{
+    os::unix::fs::MetadataExt as _,
+    time::{Duration, Instant},
+};
 
 use imds_guard::{
-    lab::{Place, fake_imds::SECRETS},
-    policy::caller::{Netns, Runtime, Unresolved},
+    lab::{Guard, Place, fake_imds::SECRETS},
+    policy::{
+        Reason,
+        caller::{Netns, Runtime, Unresolved},
+    },
 };
-use imds_guard_tests::{Sandbox, run};
+use imds_guard_tests::{Sandbox, lab, python, run};
 use nix::sys::signal::Signal;
 
 use crate::{GUARD, INSTANCE_ID_PATH};
@@ -172,6 +178,61 @@ fn command_lines_are_recorded_as_configured() {
             .command(Place::Host, arguments[0])
             .args(&arguments[1..]));
         assert_eq!(sandbox.caller().command_line, expected, "{setting}");
+    }
+}
+
+/// C3: a program in a file system that does not answer the guard holds up its caller alone, and is not taken for
+/// another one.
+#[test]
+fn c3_a_file_system_that_does_not_answer_holds_up_nobody_else() {
+    let folder = crate::logs::Folder::new("hangs");
+    let curl = folder.path().join("curl");
+    std::fs::copy("/usr/bin/curl", &curl).unwrap();
+    let lab = lab();
+    // A pattern, as the guard looks for names when it starts.
+    let rule = format!(
+        "mode = 'enforce'\n[[rule]]\nname = 'a'\nexe = '{}*'\nimds = 'v1'\naction = 'allow'\n",
+        curl.display()
+    );
+    std::fs::write(lab.config(), rule).unwrap();
+    // For the guard alone, there is a file system over it that nobody serves: each look waits.
+    let mount = "import ctypes, os, sys
+fuse = os.open('/dev/fuse', os.O_RDWR)
+os.set_inheritable(fuse, True)
+options = f'fd={fuse},rootmode=40000,user_id=0,group_id=0'.encode()
+assert ctypes.CDLL(None).mount(b'none', sys.argv[1].encode(), b'fuse', 0, options) == 0
+os.execv(sys.argv[2], sys.argv[2:])";
+    let mut command = lab.command(Place::Guard, "unshare");
+    command
+        .args(["--mount", &python(), "-c", mount])
+        .arg(folder.path());
+    command.arg(GUARD).args(lab.guard_arguments());
+    let guard = Guard::spawn(&mut command).unwrap();
+    let sandbox = Sandbox { guard, lab };
+    let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
+    let ask = ["-s", "-o", "/dev/null", "--max-time", "20", &url];
+    let room = sandbox.lab.add_room(Place::Host, "hangs").unwrap();
+    let mut waiting: Vec<_> = (0..6)
+        .map(|_| room.command(&curl).args(ask).spawn().unwrap())
+        .collect();
+    let begun = Instant::now();
+    assert_eq!(sandbox.curl(Place::Host, &[&url]).status, 401);
+    let waited = begun.elapsed();
+    assert!(waited < Duration::from_secs(5), "{waited:?}");
+    for child in &mut waiting {
+        assert!(child.wait().unwrap().success());
+    }
+    for _ in 0..=waiting.len() {
+        let event = sandbox.request();
+        let expected = match event.caller.exe.as_deref() == curl.to_str() {
+            true => Reason::UnknownCaller,
+            false => Reason::NoToken,
+        };
+        assert_eq!(event.reason, expected, "{event:?}");
+        assert!(
+            event.caller.resolved
+                && event.caller.command_line.is_some() != (expected == Reason::UnknownCaller)
+        );
     }
 }
 

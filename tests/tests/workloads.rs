@@ -39,13 +39,13 @@ fn a_rule_on_the_image_of_a_docker_container() {
         r"printf 'GET {INSTANCE_ID_PATH} HTTP/1.0\r\n\r\n' | timeout 20 nc 169.254.169.254 80"
     );
 
-    // Nobody can say what it is made of: refused.
+    // Nobody can say what it is made of: it may be any image.
     let ran = docker.run(&["--network", "host"], &v1);
     assert!(ran.output.starts_with("HTTP/1.0 401"), "{ran:?}");
     let event = sandbox.request();
     assert_eq!(
         (event.reason, &event.caller.container),
-        (Reason::NoToken, &None)
+        (Reason::UnknownCaller, &None)
     );
 
     docker.show(&sandbox.lab.docker_socket());
@@ -65,6 +65,16 @@ fn a_rule_on_the_image_of_a_docker_container() {
         assert_eq!(container.image.as_deref(), Some(image));
         assert_eq!(container.name.as_deref(), Some(options[3]));
     }
+
+    // Where no rule asks, nobody waits for docker; what it has said until a request is served is recorded.
+    sandbox.configure("mode = 'audit'");
+    assert_eq!(sandbox.change().rules, 0);
+    let later = v1.replacen("printf", "(sleep 1; printf", 1);
+    let later = later.replacen(" | timeout", ") | timeout", 1);
+    let ran = docker.run(&["--network", "host", "--name", "three"], &later);
+    assert!(ran.output.starts_with("HTTP/1.0 200"), "{ran:?}");
+    let container = sandbox.caller().container.unwrap();
+    assert_eq!(container.name.as_deref(), Some("three"));
 }
 
 /// An API server that lists pods and tells of changes, as a real one has been seen to.
@@ -342,7 +352,32 @@ fn a_silent_api_server_is_not_waited_for() {
     let rule = "[[rule]]\nname = 'a'\nnamespace = 'a'\nimds = 'v1'\naction = 'allow'\n";
     sandbox.configure(&format!("mode = 'enforce'\n{config}{rule}"));
     assert_eq!(sandbox.change().rules, 1);
-    assert_eq!(v1().reason, Reason::UnknownCaller);
+    let waited = |event: &Request| event.latency_us.guard >= 900_000;
+    let event = v1();
+    assert_eq!(
+        (event.reason, waited(&event)),
+        (Reason::UnknownCaller, true)
+    );
+    // Of one connection, only the first request waits.
+    let script = "import http.client
+s = http.client.HTTPConnection('169.254.169.254')
+for _ in range(3):
+    s.request('GET', '/latest/meta-data/instance-id')
+    s.getresponse().read()";
+    run(pod.command(python()).args(["-c", script]));
+    for is_first in [true, false, false] {
+        let event = sandbox.request();
+        assert_eq!(
+            (event.reason, waited(&event)),
+            (Reason::UnknownCaller, is_first)
+        );
+    }
+    // And nobody waits to whom the rule cannot apply, whatever the answer.
+    let rule = rule.replace("namespace", "uid = 65533\nnamespace");
+    sandbox.configure(&format!("mode = 'enforce'\n{config}{rule}"));
+    assert_eq!(sandbox.change().rules, 1);
+    let event = v1();
+    assert_eq!((event.reason, waited(&event)), (Reason::NoToken, false));
     drop(silent.stdin.take());
     silent.wait().unwrap();
 }

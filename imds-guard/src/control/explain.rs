@@ -128,10 +128,14 @@ pub async fn explain(
     question: &Question,
 ) -> Result<(Caller, Explanation), String> {
     let caller = match question.pid {
-        Some(pid) => resolver
-            .resolve_pid(pid, policy.rules.needs())
-            .await
-            .ok_or_else(|| format!("there is no process {pid}"))?,
+        Some(pid) => {
+            let rules = &policy.rules;
+            let wanted = |caller: &Caller| {
+                rules.wanted(&rules.candidates(&subject(question, caller)), caller)
+            };
+            let found = resolver.resolve_pid(pid, wanted).await;
+            found.ok_or_else(|| format!("there is no process {pid}"))?
+        }
         None => made_up(question),
     };
     let imds = question.imds.unwrap_or(Imds::V2);
@@ -161,16 +165,23 @@ pub async fn explain(
         method,
         path: &request.path,
     };
-    let subject = Subject {
-        caller: &caller,
+    let explanation = policy.explain(
+        &subject(question, &caller),
+        (&request, &ask),
+        Timestamp::now(),
+    );
+    Ok((caller, explanation))
+}
+
+fn subject<'a>(question: &Question, caller: &'a Caller) -> Subject<'a> {
+    Subject {
+        caller,
         endpoint: if question.ipv6 { "ipv6" } else { "ipv4" },
         hops: question.hops.unwrap_or_else(|| {
             let is_host = caller.netns == Netns::Host;
             if is_host { hops(true, None) } else { 2 }
         }),
-    };
-    let explanation = policy.explain(&subject, (&request, &ask), Timestamp::now());
-    Ok((caller, explanation))
+    }
 }
 
 /// A caller of whom everything is known, and has nothing that is not said.

@@ -7,37 +7,47 @@ mod process;
 mod program;
 mod redact;
 mod script;
+mod shares;
 mod users;
 mod via;
 pub mod workload;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use clap::ValueEnum;
+use futures_util::FutureExt as _;
 use imds_guard_common::flow::Origin;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
 
-use crate::policy::{
-    Needs,
-    caller::{Caller, Netns, Sender, Unresolved},
-};
+use crate::policy::caller::{Caller, Missing, Netns, Sender, Unresolved};
 use cgroup::Cgroups;
 use hierarchy::Hierarchy;
+use process::Process;
 pub use program::DIGESTERS;
 use program::Digests;
+use shares::Shares;
 use users::Users;
 use workload::{Wait, Workloads};
 
 /// How long reading a command line may take. It is the caller's own memory, and the caller can make
-/// the kernel wait for it (a FUSE file mapped over its arguments); everything else is answered by
-/// the kernel alone.
+/// the kernel wait for it (a FUSE file mapped over its arguments).
 const COMMAND_LINE_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// How many command lines are read at once. While callers hold all of these up, others go without
-/// theirs, but nobody waits.
-pub const COMMAND_LINE_READERS: usize = 16;
+/// How long looking at programs may take, which can be in file systems that do not answer. Rules are about
+/// them, so there is more patience for it; all else about a process is answered by the kernel alone.
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How many of these are read at once. While callers hold all of these up, others go without theirs, but
+/// nobody waits for longer.
+pub const READERS: usize = 16;
+
+/// How many for one cgroup or user.
+const READERS_EACH: usize = 4;
 
 /// How much of a command line is recorded.
 #[derive(
@@ -59,12 +69,12 @@ pub struct Resolver {
     proc: PathBuf,
     users: Users,
     groups: Users,
-    hierarchy: Hierarchy,
+    hierarchy: Arc<Hierarchy>,
     digests: Digests,
     workloads: Workloads,
     netns_cookie: Option<u64>,
     command_lines: CommandLines,
-    readers: Arc<Semaphore>,
+    readers: Arc<Shares>,
 }
 
 impl Resolver {
@@ -80,24 +90,28 @@ impl Resolver {
         netns_cookie: Option<u64>,
         command_lines: CommandLines,
     ) -> Self {
-        let proc = proc.into();
         Self {
-            digests: Digests::new(proc.clone()),
-            proc,
+            digests: Digests::new(),
+            proc: proc.into(),
             users: Users::of(passwd),
             groups: Users::of(group),
             workloads,
-            hierarchy: Hierarchy::at(cgroups),
+            hierarchy: Arc::new(Hierarchy::at(cgroups)),
             netns_cookie,
             command_lines,
-            readers: Arc::new(Semaphore::new(COMMAND_LINE_READERS)),
+            readers: Arc::new(Shares::new(READERS, READERS_EACH)),
         }
     }
 
     /// Names the process behind a connection. Never fails: what could not be read, or might belong
     /// to another process, is missing, and the caller says that it is unresolved. What takes an effort
-    /// is found out where it is needed.
-    pub async fn resolve(&self, origin: &Origin, needs: Needs) -> Caller {
+    /// is found out where it is wanted, when all else is known.
+    pub async fn resolve(
+        &self,
+        origin: &Origin,
+        wanted: impl Fn(&Caller) -> Missing,
+        wait: Wait,
+    ) -> Caller {
         let mut caller = Caller {
             pid: origin.pid,
             tid: origin.tid,
@@ -110,19 +124,54 @@ impl Resolver {
             resolved: false,
             ..Caller::default()
         };
-        let process = process::Process::open(&self.proc, origin);
-        caller.netns = self.netns(origin, process.as_ref().ok());
-        match process {
-            Ok(process) => self.describe(&mut caller, process, needs).await,
-            Err(why) => caller.unresolved = Some(why),
+        let process = Process::open(&self.proc, origin).map(Arc::new);
+        caller.netns = self.netns(origin, process.as_deref().ok());
+        match &process {
+            Ok(process) => self.describe(&mut caller, process).await,
+            Err(why) => caller.unresolved = Some(*why),
+        }
+        caller.resolved = caller.unresolved.is_none();
+        caller.missing = Missing {
+            exe: caller.missing.exe,
+            ancestors: !caller.parents.is_empty(),
+            sha256: caller.exe.is_some(),
+            container: caller.container_id.is_some(),
+            pod: caller.pod_uid.is_some(),
+        };
+        let wanted = wanted(&caller);
+        self.look_up(&mut caller, wanted, wait).await;
+        // All of the above was read through one handle, which the kernel ties to one process; if
+        // that has ended meanwhile, part of it may be missing.
+        if !process.is_ok_and(|process| process.is_alive()) {
+            caller.resolved = false;
+            caller.unresolved.get_or_insert(Unresolved::Gone);
+            // These were asked for by pid, which may have been somebody else's by then.
+            caller.exe_verified = false;
+            caller.exe_sha256 = None;
+            for parent in &mut caller.parents {
+                parent.exe_verified = false;
+            }
+        }
+        if !caller.resolved {
+            // No rule counts on them, and they will not be known later, either.
+            let Missing { container, pod, .. } = caller.missing;
+            caller.missing = Missing {
+                container,
+                pod,
+                ..Missing::default()
+            };
         }
         caller
     }
 
     /// Names a process that has not connected; `None` if there is none of that number.
-    pub async fn resolve_pid(&self, pid: u32, needs: Needs) -> Option<Caller> {
+    pub async fn resolve_pid(
+        &self,
+        pid: u32,
+        wanted: impl Fn(&Caller) -> Missing,
+    ) -> Option<Caller> {
         let mut origin = process::origin(&self.proc, pid)?;
-        let process = process::Process::open(&self.proc, &origin).ok()?;
+        let process = Process::open(&self.proc, &origin).ok()?;
         if process.shares_netns(&self.proc) {
             origin.netns_cookie = self.netns_cookie.unwrap_or_default();
         }
@@ -130,7 +179,34 @@ impl Resolver {
         origin.cgroup_id = path
             .and_then(|path| self.hierarchy.id(&path))
             .unwrap_or_default();
-        Some(self.resolve(&origin, needs).await)
+        Some(self.resolve(&origin, wanted, Wait::Bounded).await)
+    }
+
+    /// A caller with what runtimes and Kubernetes have told of it meanwhile; `None` if that is nothing.
+    #[must_use]
+    pub fn news(&self, caller: &Caller) -> Option<Caller> {
+        let container = match (&caller.container, &caller.container_id) {
+            (None, Some(id)) => {
+                let found = self
+                    .workloads
+                    .container(id, caller.container_runtime, Wait::No);
+                found.now_or_never().flatten()
+            }
+            _ => None,
+        };
+        let pod = match (&caller.pod, &caller.pod_uid) {
+            (None, Some(uid)) => self.workloads.pod(uid, Wait::No).now_or_never().flatten(),
+            _ => None,
+        };
+        if container.is_none() && pod.is_none() {
+            return None;
+        }
+        let mut news = caller.clone();
+        news.missing.container &= container.is_none();
+        news.missing.pod &= pod.is_none();
+        news.container = container.or(news.container);
+        news.pod = pod.or(news.pod);
+        Some(news)
     }
 
     /// Name of the user in whose login a process runs, whoever it has become since
@@ -167,111 +243,139 @@ impl Resolver {
         }
     }
 
-    async fn describe(&self, caller: &mut Caller, process: process::Process, needs: Needs) {
-        let cgroup = process.cgroup();
-        let unreadable = cgroup.as_ref().err().copied();
-        let cgroup = cgroup.unwrap_or_default();
+    /// What `/proc` tells.
+    async fn describe(&self, caller: &mut Caller, process: &Arc<Process>) {
         caller.exe = process.exe();
         caller.started = process.started();
-        caller.exe_verified = match &caller.exe {
-            Some(exe) => program::is_hosts(&self.proc, caller.pid, exe),
-            None => false,
-        };
         caller.parents = process.parents(&self.proc);
-        if needs.ancestors {
-            for parent in &mut caller.parents {
-                parent.exe_verified = match &parent.exe {
-                    Some(exe) => program::is_hosts(&self.proc, parent.pid, exe),
-                    None => false,
-                };
-            }
-        }
-        caller.systemd_unit = cgroup.systemd_unit();
         caller.login = process.login().and_then(|uid| self.login_name(uid));
         caller.login_session = process.login_session();
+        match process.cgroup() {
+            Ok(cgroup) => self.place(caller, cgroup),
+            Err(why) => caller.unresolved = Some(why),
+        }
         let unit = caller.systemd_unit.as_deref();
         caller.via = via::of(&caller.parents, unit, caller.uid);
-        let container = cgroup.container();
-        caller.container_id = container.id;
-        caller.container_runtime = container.runtime;
-        caller.pod_uid = container.pod_uid;
-        // Where the cgroup is not known, it may be a container's.
-        let host_user =
-            unreadable.is_none() && (caller.container_id.is_none() || cgroup.is_of_user());
-        caller.cgroup = cgroup.path();
-        if host_user {
-            caller.user = self.users.name(caller.uid);
-            caller.group = self.groups.name(caller.gid);
-        }
-        self.look_up(caller, needs).await;
-        let process = Arc::new(process);
+        let command_line = self.read_files(caller, process).await;
         caller.command_line = match self.command_lines {
             CommandLines::Off => None,
-            CommandLines::Full => self.read_command_line(&process).await,
-            CommandLines::Redacted => self
-                .read_command_line(&process)
-                .await
-                .map(|arguments| redact::command_line(&arguments)),
+            CommandLines::Full => command_line,
+            CommandLines::Redacted => command_line.map(|it| redact::command_line(&it)),
         };
         if let (Some(exe), Some(arguments)) = (&caller.exe, &caller.command_line) {
             caller.script = script::of(exe, arguments, process.cwd().as_deref());
         }
-        // All of the above was read through one handle, which the kernel ties to one process; if
-        // that has ended meanwhile, part of it may be missing.
-        caller.unresolved = match process.is_alive() {
-            true => unreadable,
-            false => Some(Unresolved::Gone),
-        };
-        caller.resolved = caller.unresolved.is_none();
-        if !caller.resolved {
-            // These were asked for by pid, which may have been somebody else's by then.
-            caller.exe_verified = false;
-            caller.exe_sha256 = None;
-            for parent in &mut caller.parents {
-                parent.exe_verified = false;
+    }
+
+    /// What the cgroup tells.
+    fn place(&self, caller: &mut Caller, cgroup: Cgroups) {
+        caller.systemd_unit = cgroup.systemd_unit();
+        let container = cgroup.container();
+        caller.container_id = container.id;
+        caller.container_runtime = container.runtime;
+        caller.pod_uid = container.pod_uid;
+        if caller.container_id.is_none() || cgroup.is_of_user() {
+            caller.user = self.users.name(caller.uid);
+            caller.group = self.groups.name(caller.gid);
+        }
+        caller.cgroup = cgroup.path();
+    }
+
+    /// Finds out what is not in `/proc`.
+    async fn look_up(&self, caller: &mut Caller, wanted: Missing, wait: Wait) {
+        let wait_for = |wanted| if wanted { wait } else { Wait::No };
+        if let Some(id) = &caller.container_id {
+            let (runtime, wait) = (caller.container_runtime, wait_for(wanted.container));
+            caller.container = self.workloads.container(id, runtime, wait).await;
+            caller.missing.container = caller.container.is_none();
+        }
+        if let Some(uid) = &caller.pod_uid {
+            caller.pod = self.workloads.pod(uid, wait_for(wanted.pod)).await;
+            caller.missing.pod = caller.pod.is_none();
+        }
+        if wanted.ancestors {
+            let (proc, mut parents) = (self.proc.clone(), caller.parents.clone());
+            let verify = move || {
+                for parent in &mut parents {
+                    let is_hosts = |exe: &String| program::is_hosts(&proc, parent.pid, exe);
+                    parent.exe_verified = parent.exe.as_ref().is_some_and(is_hosts);
+                }
+                parents
+            };
+            if let Some(parents) = self.in_time(caller, verify).await {
+                caller.parents = parents;
+                caller.missing.ancestors = false;
+            }
+        }
+        if wanted.sha256 {
+            let (proc, pid) = (self.proc.clone(), caller.pid);
+            let program = self
+                .in_time(caller, move || program::open(&proc, pid))
+                .await;
+            if let Some(program) = program.flatten() {
+                let parties = shares::parties(caller);
+                caller.exe_sha256 = self.digests.of(program, parties, wait).await;
+                caller.missing.sha256 = caller.exe_sha256.is_none();
             }
         }
     }
 
-    /// Finds out what is not in `/proc`.
-    async fn look_up(&self, caller: &mut Caller, needs: Needs) {
-        let wait = |needed| if needed { Wait::Bounded } else { Wait::No };
-        if let Some(id) = &caller.container_id {
-            let runtime = caller.container_runtime;
-            let found = self
-                .workloads
-                .container(id, runtime, wait(needs.container))
-                .await;
-            caller.missing.container = needs.container && found.is_unknown();
-            caller.container = found.yes();
+    /// Finds out whether the program is the host's, and returns the command line: what can block.
+    async fn read_files(&self, caller: &mut Caller, process: &Arc<Process>) -> Option<Vec<String>> {
+        let verified = Arc::new(OnceLock::new());
+        let read = {
+            let (proc, pid, exe) = (self.proc.clone(), caller.pid, caller.exe.clone());
+            let (process, verified) = (Arc::clone(process), Arc::clone(&verified));
+            let reads_more = self.command_lines != CommandLines::Off;
+            move || {
+                let is_hosts = exe.is_some_and(|exe| program::is_hosts(&proc, pid, &exe));
+                let _once = verified.set(is_hosts);
+                reads_more.then(|| process.command_line()).flatten()
+            }
+        };
+        let mut read = std::pin::pin!(self.on_another_thread(caller, read));
+        let mut command_line = tokio::time::timeout(COMMAND_LINE_TIMEOUT, read.as_mut()).await;
+        if command_line.is_err() && verified.get().is_none() {
+            let longer = PROGRAM_TIMEOUT.saturating_sub(COMMAND_LINE_TIMEOUT);
+            command_line = tokio::time::timeout(longer, read).await;
         }
-        if let Some(uid) = &caller.pod_uid {
-            let found = self.workloads.pod(uid, wait(needs.pod)).await;
-            caller.missing.pod = needs.pod && found.is_unknown();
-            caller.pod = found.yes();
-        }
-        if needs.sha256 {
-            caller.exe_sha256 = self.digests.of(caller.pid).await;
-            caller.missing.sha256 = caller.exe_sha256.is_none();
+        caller.exe_verified = verified.get().copied().unwrap_or_default();
+        caller.missing.exe = verified.get().is_none();
+        command_line.ok()??
+    }
+
+    /// Does what can block, for as long as there is patience for programs.
+    async fn in_time<T: Send + 'static>(
+        &self,
+        caller: &Caller,
+        read: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let read = self.on_another_thread(caller, read);
+        tokio::time::timeout(PROGRAM_TIMEOUT, read).await.ok()?
+    }
+
+    /// Does what can block where it holds up nobody but its caller, who has its share of threads.
+    fn on_another_thread<T, R>(
+        &self,
+        caller: &Caller,
+        read: R,
+    ) -> impl Future<Output = Option<T>> + Send + use<T, R>
+    where
+        T: Send + 'static,
+        R: FnOnce() -> T + Send + 'static,
+    {
+        let (readers, parties) = (Arc::clone(&self.readers), shares::parties(caller));
+        async move {
+            let place = readers.take(&parties).await?;
+            let read = tokio::task::spawn_blocking(move || {
+                let _held = place;
+                read()
+            });
+            read.await.ok()
         }
     }
 
-    /// Reads it on another thread, in bounded number and time.
-    async fn read_command_line(&self, process: &Arc<process::Process>) -> Option<Vec<String>> {
-        let place = Arc::clone(&self.readers).try_acquire_owned().ok()?;
-        let process = Arc::clone(process);
-        let read = tokio::task::spawn_blocking(move || {
-            let command_line = process.command_line();
-            drop(place);
-            command_line
-        });
-        tokio::time::timeout(COMMAND_LINE_TIMEOUT, read)
-            .await
-            .ok()?
-            .ok()?
-    }
-
-    fn netns(&self, origin: &Origin, process: Option<&process::Process>) -> Netns {
+    fn netns(&self, origin: &Origin, process: Option<&Process>) -> Netns {
         let host = match self.netns_cookie {
             Some(own) => origin.netns_cookie == own,
             None => process.is_some_and(|process| process.shares_netns(&self.proc)),

@@ -99,27 +99,55 @@ pub struct Caller {
     /// What Kubernetes says of that pod.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub pod: Option<Arc<Pod>>,
-    /// What could not be found out in time.
+    /// What else is not known.
     #[serde(skip)]
     pub missing: Missing,
 }
 
-/// What could not be found out about a caller in time.
+/// What is not known of a caller: it could not be found out in time, or nobody wanted to know.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Missing {
+    /// Whether its program is the one that the host has under its name.
+    pub exe: bool,
+    /// The same of its ancestors.
+    pub ancestors: bool,
     /// The digest of its program.
     pub sha256: bool,
-    /// Its container.
+    /// The image of the container that it is in.
     pub container: bool,
-    /// Its pod.
+    /// The pod that it is in.
     pub pod: bool,
 }
 
 impl Missing {
-    /// Whether anything could not.
+    /// Whether anything is.
     #[must_use]
     pub const fn any(self) -> bool {
-        self.sha256 || self.container || self.pod
+        self.exe || self.ancestors || self.sha256 || self.container || self.pod
+    }
+
+    /// What is missing here, or there.
+    #[must_use]
+    pub const fn or(self, other: Self) -> Self {
+        Self {
+            exe: self.exe || other.exe,
+            ancestors: self.ancestors || other.ancestors,
+            sha256: self.sha256 || other.sha256,
+            container: self.container || other.container,
+            pod: self.pod || other.pod,
+        }
+    }
+
+    /// What is missing here and there.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self {
+            exe: self.exe && other.exe,
+            ancestors: self.ancestors && other.ancestors,
+            sha256: self.sha256 && other.sha256,
+            container: self.container && other.container,
+            pod: self.pod && other.pod,
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Caller, Imds,
-    caller::Netns,
+    caller::{Netns, Parent},
     path::Path,
     pattern::{Glob, Number, OneOf},
     rule::{Rule, RuleAction},
@@ -177,23 +177,40 @@ impl Rule {
     fn exe_fit(&self, globs: &OneOf<Glob>, caller: &Caller) -> Fit {
         let is_container = caller.container_id.is_some() || caller.pod_uid.is_some();
         let counts = caller.exe_verified || (is_container && self.names_container());
-        match caller.exe.as_deref().filter(|_| counts) {
+        let as_named = |exe| Fit::from(globs.matches(|glob| glob.matches(exe)));
+        let as_other = self.unverified_fit(globs);
+        match caller.exe.as_deref() {
             _ if !caller.resolved => Fit::Unknown,
-            Some(exe) => globs.matches(|glob| glob.matches(exe)).into(),
-            None => self.unverified_fit(globs),
+            Some(exe) if counts => as_named(exe),
+            Some(exe) if caller.missing.exe && as_named(exe) != as_other => Fit::Unknown,
+            _ => as_other,
         }
     }
 
     /// Whether an ancestor runs one of these; or, where they are only excluded, whether none does.
     fn ancestor_fit(&self, globs: &OneOf<Glob>, caller: &Caller) -> Fit {
-        let verified = || {
-            let verified = caller.parents.iter().filter(|it| it.exe_verified);
-            verified.filter_map(|it| it.exe.as_deref())
-        };
-        let is = |exe: &str| globs.matches(|glob| glob.matches(exe));
         if !caller.resolved {
             return Fit::Unknown;
         }
+        let found = self.ancestors_fit(globs, caller, |it| it.exe_verified);
+        match caller.missing.ancestors {
+            true if self.ancestors_fit(globs, caller, |_| true) != found => Fit::Unknown,
+            _ => found,
+        }
+    }
+
+    /// The same, if just these are taken for verified.
+    fn ancestors_fit(
+        &self,
+        globs: &OneOf<Glob>,
+        caller: &Caller,
+        is_verified: fn(&Parent) -> bool,
+    ) -> Fit {
+        let verified = || {
+            let verified = caller.parents.iter().filter(|it| is_verified(it));
+            verified.filter_map(|it| it.exe.as_deref())
+        };
+        let is = |exe: &str| globs.matches(|glob| glob.matches(exe));
         if !globs.any().is_empty() {
             return verified().any(is).into();
         }

@@ -28,7 +28,7 @@ pub use hops::{hops, reply_ttl};
 pub use refusal::Refusal;
 pub use request::{Flaw, Imds, MAX_TTL, Malformed, Request, TOKEN_HEADER, TTL_HEADER};
 pub use rule::{HopLimit, Rule, RuleAction};
-pub use rules::{Candidates, Judgement, Needs, Policy, Rules};
+pub use rules::{Candidates, Judgement, Policy, Rules};
 
 /// The beginning of a text, of at most so many bytes: what a client can make long is cut before it is
 /// recorded.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Binding,
+    caller::Missing,
     expiry::Expiry,
     pattern::{Glob, Number, OneOf, PathGlob, Pattern},
     refusal::Refusal,
@@ -168,6 +169,18 @@ impl Rule {
             || self.namespace.is_some()
             || self.service_account.is_some()
             || !self.labels.is_empty()
+    }
+
+    /// What it asks for that takes an effort to find out.
+    #[must_use]
+    pub fn asks(&self) -> Missing {
+        Missing {
+            exe: self.exe.is_some(),
+            ancestors: self.ancestor_exe.is_some(),
+            sha256: self.sha256.is_some(),
+            container: self.container_image.is_some(),
+            pod: self.needs_pod(),
+        }
     }
 
     /// Checks what no single key can.

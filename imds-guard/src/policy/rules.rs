@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use super::{
     Action, Binding, Caller, Decision, HopLimitAction, Mode, Reason, Request, SessionToken, Terms,
     Verdict,
+    caller::Missing,
     fit::{Ask, Fit, Subject},
     pattern::{Glob, Number, OneOf},
     rule::Rule,
@@ -39,20 +40,9 @@ pub struct Rules {
     of: HashMap<Key, Vec<u32>>,
     /// Rules that anybody may match.
     of_anybody: Vec<u32>,
-    needs: Needs,
-}
-
-/// What rules ask for that takes an effort to find out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Needs {
-    /// A digest of the file that runs.
-    pub sha256: bool,
-    /// Whether the programs of ancestors are those that the host has under their names.
-    pub ancestors: bool,
-    /// The image of the container.
-    pub container: bool,
-    /// What Kubernetes knows of the pod.
-    pub pod: bool,
+    /// Of those of one kind, those that images decide, and those that pods do, for callers of whom that is not known.
+    of_images: Vec<u32>,
+    of_pods: Vec<u32>,
 }
 
 /// What all callers of a rule have in common.
@@ -213,14 +203,18 @@ impl Rules {
     /// Rules in their order.
     #[must_use]
     pub fn new(list: Vec<Rule>) -> Self {
-        let mut rules = Self {
-            needs: Needs::of(&list),
-            ..Self::default()
-        };
+        let mut rules = Self::default();
         for (number, rule) in (0..).zip(&list) {
             match keys(rule) {
                 Some(keys) => {
                     for key in keys {
+                        match key {
+                            Key::Text(Field::Image, _) => rules.of_images.push(number),
+                            Key::Text(Field::Pod | Field::Namespace, _) => {
+                                rules.of_pods.push(number);
+                            }
+                            _ => {}
+                        }
                         rules.of.entry(key).or_default().push(number);
                     }
                 }
@@ -237,22 +231,33 @@ impl Rules {
         &self.list
     }
 
-    /// What has to be found out for them.
+    /// What has to be found out about a caller, of all that is missing, as one of the rules that its
+    /// requests can meet asks for it.
     #[must_use]
-    pub fn needs(&self) -> Needs {
-        self.needs
+    pub fn wanted(&self, candidates: &Candidates, caller: &Caller) -> Missing {
+        let unsure = candidates.0.iter().filter(|it| !it.is_certain);
+        let asked = unsure.map(|it| self.get(it).asks());
+        asked
+            .fold(Missing::default(), Missing::or)
+            .and(caller.missing)
     }
 
     /// Those that a caller's requests can meet.
     #[must_use]
     pub fn candidates(&self, subject: &Subject<'_>) -> Candidates {
         let caller = subject.caller;
-        let numbers: Vec<u32> = if !caller.resolved || caller.missing.any() {
+        let numbers: Vec<u32> = if !caller.resolved {
             (0..).zip(&self.list).map(|(number, _)| number).collect()
         } else {
             let of_caller = keys_of(caller).filter_map(|key| self.of.get(&key));
             let mut numbers = self.of_anybody.clone();
             numbers.extend(of_caller.flatten());
+            if caller.missing.container {
+                numbers.extend(&self.of_images);
+            }
+            if caller.missing.pod {
+                numbers.extend(&self.of_pods);
+            }
             numbers.sort_unstable();
             numbers.dedup();
             numbers
@@ -279,27 +284,6 @@ impl Rules {
 
     fn get(&self, candidate: &Candidate) -> &Rule {
         &self.list[candidate.rule as usize]
-    }
-}
-
-impl Needs {
-    fn of(rules: &[Rule]) -> Self {
-        let any = |needs: fn(&Rule) -> bool| rules.iter().any(needs);
-        Self {
-            sha256: any(|rule| rule.sha256.is_some()),
-            ancestors: any(|rule| rule.ancestor_exe.is_some()),
-            container: any(|rule| rule.container_image.is_some()),
-            pod: any(Rule::needs_pod),
-        }
-    }
-
-    /// Whether these include others.
-    #[must_use]
-    pub fn include(self, other: Self) -> bool {
-        self.sha256 >= other.sha256
-            && self.ancestors >= other.ancestors
-            && self.container >= other.container
-            && self.pod >= other.pod
     }
 }
 

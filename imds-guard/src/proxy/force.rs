@@ -6,14 +6,19 @@ use std::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::{Duration, Instant},
 };
 
 use imds_guard_common::flow::{Family, Origin};
 use jiff::Timestamp;
 
 use crate::{
-    identify::Resolver,
-    policy::{Binding, Caller, Candidates, Needs, Policy, Subject, Terms},
+    identify::{Resolver, workload::Wait},
+    policy::{
+        Binding, Caller, Candidates, Policy, Subject, Terms,
+        caller::{Missing, Netns},
+        hops,
+    },
 };
 
 /// What applies to requests from now on.
@@ -62,28 +67,41 @@ impl InForce {
     }
 }
 
-/// A connection as the policy sees it: worked out once, and again when the policy has changed.
+/// How long to wait before what is still missing about a caller is looked for again.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// A connection as the policy sees it: worked out once, and again when the policy has changed or more is
+/// known of the caller.
 pub(super) struct View {
     pub force: Arc<Force>,
     pub caller: Arc<Caller>,
     pub candidates: Candidates,
-    needs: Needs,
+    pub hops: u8,
+    family: Family,
+    /// What rules still ask for.
+    wanted: Missing,
+    looked: Instant,
     scopes: [Option<String>; 4],
 }
 
 impl View {
-    pub fn new(
+    /// Names the caller of a connection, and waits for what rules ask about it.
+    pub async fn meet(
         force: Arc<Force>,
-        caller: Arc<Caller>,
-        needs: Needs,
-        family: Family,
-        hops: u8,
+        resolver: &Resolver,
+        origin: &Origin,
+        (family, syn_ttl): (Family, u8),
     ) -> Self {
-        let candidates = force.policy.rules.candidates(&Subject {
-            caller: &caller,
-            endpoint: endpoint(family),
-            hops,
-        });
+        let hops = |caller: &Caller| hops(caller.netns == Netns::Host, Some(syn_ttl));
+        let wanted = |caller: &Caller| wanted(&force, caller, (family, hops(caller)));
+        let caller = resolver.resolve(origin, wanted, Wait::Bounded).await;
+        let hops = hops(&caller);
+        Self::new(force, Arc::new(caller), (family, hops))
+    }
+
+    fn new(force: Arc<Force>, caller: Arc<Caller>, (family, hops): (Family, u8)) -> Self {
+        let rules = &force.policy.rules;
+        let candidates = rules.candidates(&subject(&caller, (family, hops)));
         let bindings = [
             Binding::Off,
             Binding::Netns,
@@ -92,35 +110,46 @@ impl View {
         ];
         Self {
             scopes: bindings.map(|binding| binding.scope(&caller)),
+            wanted: rules.wanted(&candidates, &caller),
+            looked: Instant::now(),
             force,
             caller,
             candidates,
-            needs,
+            hops,
+            family,
         }
     }
 
-    /// Whether it still is how things are.
+    /// Whether it still is how things are, as far as that has been looked at lately.
     pub fn is_current(&self, in_force: &InForce) -> bool {
-        Arc::ptr_eq(&self.force, &in_force.now()) && !self.caller.missing.any()
+        let is_known = !self.wanted.any() || self.looked.elapsed() < AGAIN;
+        is_known && Arc::ptr_eq(&self.force, &in_force.now())
     }
 
-    /// As things are now. The caller is looked at again only if more must be known of it.
-    pub async fn renew(
-        &self,
-        in_force: &InForce,
-        resolver: &Resolver,
-        origin: &Origin,
-        (family, hops): (Family, u8),
-    ) -> Self {
+    /// With what has become known of the caller meanwhile; nobody is waited for. `None` if that is nothing.
+    pub fn news(&self, resolver: &Resolver) -> Option<Self> {
+        let caller = Arc::new(resolver.news(&self.caller)?);
+        let force = Arc::clone(&self.force);
+        Some(Self::new(force, caller, (self.family, self.hops)))
+    }
+
+    /// As things are now. The caller is waited for only once, and again if new rules ask about it.
+    pub async fn renew(&self, in_force: &InForce, resolver: &Resolver, origin: &Origin) -> Self {
         let force = in_force.now();
-        let needs = force.policy.rules.needs();
-        let is_enough = self.needs.include(needs) && !self.caller.missing.any();
-        let caller = match is_enough {
-            true => Arc::clone(&self.caller),
-            false => Arc::new(resolver.resolve(origin, needs).await),
-        };
-        let needs = if is_enough { self.needs } else { needs };
-        Self::new(force, caller, needs, family, hops)
+        let place = (self.family, self.hops);
+        let is_same = Arc::ptr_eq(&self.force, &force);
+        let view = Self::new(Arc::clone(&force), Arc::clone(&self.caller), place);
+        if !view.wanted.any() {
+            return view;
+        }
+        let wait = if is_same { Wait::No } else { Wait::Bounded };
+        let wanted = |caller: &Caller| wanted(&force, caller, place);
+        let caller = resolver.resolve(origin, wanted, wait).await;
+        // Who has ended since was known better before.
+        if self.caller.resolved && !caller.resolved {
+            return view;
+        }
+        Self::new(force, Arc::new(caller), place)
     }
 
     /// What holds for the caller.
@@ -131,6 +160,20 @@ impl View {
     /// Where the caller's session tokens are valid.
     pub fn scope(&self, binding: Binding) -> Option<&str> {
         self.scopes[binding as usize].as_deref()
+    }
+}
+
+/// What rules ask about a caller of whom the least is known.
+fn wanted(force: &Force, caller: &Caller, place: (Family, u8)) -> Missing {
+    let rules = &force.policy.rules;
+    rules.wanted(&rules.candidates(&subject(caller, place)), caller)
+}
+
+fn subject(caller: &Caller, (family, hops): (Family, u8)) -> Subject<'_> {
+    Subject {
+        caller,
+        endpoint: endpoint(family),
+        hops,
     }
 }
 

@@ -35,8 +35,7 @@ use crate::{
     kernel::FlowTable,
     policy::{
         Action, Ask, Caller, Decision, Imds, MAX_TTL, Malformed, Mode, Reason, Request, Rule,
-        RuleAction, SessionToken, TTL_HEADER, Terms, Verdict, caller::Netns, hops, reply_ttl,
-        shortened,
+        RuleAction, SessionToken, TTL_HEADER, Terms, Verdict, caller::Netns, reply_ttl, shortened,
     },
     record::{self, AnsweredBy, Kind, Latency, Recorder, Tally, UpstreamFailure},
     tokens::Tokens,
@@ -112,35 +111,45 @@ impl Proxy {
     pub(super) async fn meet(&self, origin: Origin, family: Family, syn_ttl: u8) -> Connection {
         let begun = Instant::now();
         let force = self.in_force.now();
-        let needs = force.policy.rules.needs();
-        let caller = Arc::new(self.resolver.resolve(&origin, needs).await);
-        let hops = hops(caller.netns == Netns::Host, Some(syn_ttl));
+        let view = View::meet(force, &self.resolver, &origin, (family, syn_ttl)).await;
         Connection {
-            view: Mutex::new(Arc::new(View::new(force, caller, needs, family, hops))),
+            hops: view.hops,
+            view: Mutex::new(Arc::new(view)),
             origin,
             family,
-            hops,
             naming: micros(begun.elapsed()).into(),
         }
     }
 
     /// A connection as the policy sees it now.
     async fn view(&self, from: &Connection) -> Arc<View> {
-        let view = from.view();
+        let view = self.latest(from);
         if view.is_current(&self.in_force) {
             return view;
         }
-        let place = (from.family, from.hops);
-        let renewed = view.renew(&self.in_force, &self.resolver, &from.origin, place);
-        let renewed = Arc::new(renewed.await);
-        *from.view.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&renewed);
-        renewed
+        let renewed = view.renew(&self.in_force, &self.resolver, &from.origin);
+        from.see(renewed.await)
+    }
+
+    /// The same, if nothing is to be waited for.
+    fn latest(&self, from: &Connection) -> Arc<View> {
+        let view = from.view();
+        match view.news(&self.resolver) {
+            Some(news) => from.see(news),
+            None => view,
+        }
     }
 }
 
 impl Connection {
     fn view(&self) -> Arc<View> {
         Arc::clone(&self.view.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn see(&self, view: View) -> Arc<View> {
+        let view = Arc::new(view);
+        *self.view.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&view);
+        view
     }
 }
 
@@ -169,13 +178,15 @@ impl Proxy {
             user_agent: user_agent
                 .map(|text| shortened(&String::from_utf8_lossy(text), MAX_USER_AGENT)),
         };
-        self.record(from, &view.caller, asked, &outcome, guard);
+        // Runtimes and Kubernetes may have told of the caller while the request was served.
+        let caller = &self.latest(from).caller;
+        self.record(from, caller, asked, &outcome, guard);
         Self::mark(outcome, view.force.marks_answers)
     }
 
     /// Records what was no request, and says what to answer.
     pub(super) fn refuse(&self, from: &Connection, refused: &Refused) -> StatusCode {
-        let view = from.view();
+        let view = self.latest(from);
         let outcome = Outcome::malformed(refused.malformed, self.in_force.now().policy.mode);
         // What is no request line may be anything, a body with a secret in it, too.
         let line = str::from_utf8(&refused.line).unwrap_or_default();

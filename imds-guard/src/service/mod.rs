@@ -27,7 +27,7 @@ use crate::{
     config::{Configuration, Layers, OnStop, Settings, Uplinks},
     control::{Desk, Order, Server, What},
     failure::Failure,
-    identify::{COMMAND_LINE_READERS, DIGESTERS, Resolver, workload::Workloads},
+    identify::{DIGESTERS, READERS, Resolver, workload::Workloads},
     kernel::{Charge, Control, Counters, Heartbeat, Kernel, Maps, Packets, Pins, probe},
     net::Addresses,
     proxy::{Acceptor, Backlog, Fallbacks, Proxy, Rates, Upstream, adopt, listen},
@@ -137,7 +137,7 @@ fn serve_from(
     // After the privileges, as threads inherit them.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
-        .max_blocking_threads(COMMAND_LINE_READERS + DIGESTERS + LOOKUPS)
+        .max_blocking_threads(READERS + DIGESTERS + LOOKUPS)
         .enable_all()
         .build()
         .context("the threads cannot be started")?;

@@ -20,7 +20,7 @@ use kube::{
 };
 use tokio::sync::watch;
 
-use super::{Known, PATIENCE, Wait};
+use super::{PATIENCE, Wait};
 use crate::policy::caller::Pod;
 
 /// Pods that are remembered: nodes have some hundred at most.
@@ -66,23 +66,25 @@ impl Pods {
 
     /// The pod of a UID. A pod that is not known may just have been started: that it does not exist is
     /// never certain.
-    pub async fn get(&self, uid: &str, wait: Wait) -> Known<Pod> {
+    pub async fn get(&self, uid: &str, wait: Wait) -> Option<Arc<Pod>> {
         let mut changes = self.changes.clone();
-        let find = || lock(&self.known).current.get(uid).cloned();
         let found = async {
             loop {
                 changes.borrow_and_update();
-                if let Some(pod) = find() {
+                if let Some(pod) = self.known(uid) {
                     return Some(pod);
                 }
                 changes.changed().await.ok()?;
             }
         };
-        let found = match wait {
-            Wait::No => find(),
+        match wait {
+            Wait::No => self.known(uid),
             Wait::Bounded => tokio::time::timeout(PATIENCE, found).await.ok().flatten(),
-        };
-        found.map_or(Known::Unknown, Known::Yes)
+        }
+    }
+
+    fn known(&self, uid: &str) -> Option<Arc<Pod>> {
+        lock(&self.known).current.get(uid).cloned()
     }
 }
 

@@ -55,32 +55,15 @@ impl Default for Sources {
     }
 }
 
-/// An answer.
+/// What came of asking for a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Known<T> {
+enum Looked {
     /// This is it.
-    Yes(Arc<T>),
-    /// There is none.
-    No,
-    /// It could not be found out in time.
-    Unknown,
-}
-
-impl<T> Known<T> {
-    /// What is known.
-    #[must_use]
-    pub fn yes(self) -> Option<Arc<T>> {
-        match self {
-            Self::Yes(it) => Some(it),
-            Self::No | Self::Unknown => None,
-        }
-    }
-
-    /// Whether it could not be found out.
-    #[must_use]
-    pub fn is_unknown(&self) -> bool {
-        matches!(self, Self::Unknown)
-    }
+    Found(Arc<Container>),
+    /// Nobody knows it. That says nothing about it: whoever does may not have been asked.
+    Nowhere,
+    /// Somebody did not answer.
+    Failed,
 }
 
 /// Whom a client waits for.
@@ -110,7 +93,7 @@ struct Cache {
 #[derive(Clone)]
 struct Lookup {
     begun: Instant,
-    found: watch::Receiver<Option<Known<Container>>>,
+    found: watch::Receiver<Option<Looked>>,
 }
 
 impl Workloads {
@@ -125,48 +108,46 @@ impl Workloads {
         }
     }
 
-    /// What the runtime says of a container.
+    /// What the runtime says of a container: its image, at least. `None` is that it is not known: where there
+    /// is an id, there is an image.
     pub async fn container(
         &self,
         id: &str,
         runtime: Option<Runtime>,
         wait: Wait,
-    ) -> Known<Container> {
-        // It comes from the name of a cgroup, which may be anybody's choice, and goes into paths.
-        let is_id =
-            (12..=64).contains(&id.len()) && id.bytes().all(|it| it.is_ascii_alphanumeric());
-        if !is_id {
-            return Known::No;
-        }
-        let mut found = self.lookup(id, runtime);
-        let known = match wait {
+    ) -> Option<Arc<Container>> {
+        let mut found = self.lookup(id, runtime)?;
+        let looked = match wait {
             Wait::No => found.borrow().clone(),
             Wait::Bounded => {
                 let found = tokio::time::timeout(PATIENCE, found.wait_for(Option::is_some)).await;
                 found.ok().and_then(|found| found.ok()?.clone())
             }
         };
-        known.unwrap_or(Known::Unknown)
+        looked?.found()
     }
 
-    /// What Kubernetes says of a pod.
-    pub async fn pod(&self, uid: &str, wait: Wait) -> Known<Pod> {
-        match &self.pods {
-            Some(pods) => pods.get(uid, wait).await,
-            None => Known::No,
-        }
+    /// What Kubernetes says of a pod; `None` if it is not known.
+    pub async fn pod(&self, uid: &str, wait: Wait) -> Option<Arc<Pod>> {
+        self.pods.as_ref()?.get(uid, wait).await
     }
 
     fn lookup(
         &self,
         id: &str,
         runtime: Option<Runtime>,
-    ) -> watch::Receiver<Option<Known<Container>>> {
+    ) -> Option<watch::Receiver<Option<Looked>>> {
+        // It comes from the name of a cgroup, which may be anybody's choice, and goes into paths.
+        let is_id =
+            (12..=64).contains(&id.len()) && id.bytes().all(|it| it.is_ascii_alphanumeric());
+        if !is_id {
+            return None;
+        }
         let mut cache = self.cache();
         if let Some(lookup) = cache.lookups.get(id)
             && lookup.is_good()
         {
-            return lookup.found.clone();
+            return Some(lookup.found.clone());
         }
         let (tell, found) = watch::channel(None);
         cache.add(id, found.clone());
@@ -178,10 +159,10 @@ impl Workloads {
                 let _place = lookups.acquire().await;
                 look(&sources, &id, runtime).await
             };
-            let known = tokio::time::timeout(LOOKUP, looked).await;
-            tell.send_replace(Some(known.unwrap_or(Known::Unknown)));
+            let looked = tokio::time::timeout(LOOKUP, looked).await;
+            tell.send_replace(Some(looked.unwrap_or(Looked::Failed)));
         });
-        found
+        Some(found)
     }
 
     fn cache(&self) -> MutexGuard<'_, Cache> {
@@ -191,20 +172,29 @@ impl Workloads {
     }
 }
 
+impl Looked {
+    fn found(self) -> Option<Arc<Container>> {
+        match self {
+            Self::Found(container) => Some(container),
+            Self::Nowhere | Self::Failed => None,
+        }
+    }
+}
+
 impl Lookup {
     fn is_good(&self) -> bool {
         let age = self.begun.elapsed();
         match &*self.found.borrow() {
             None => age < LOOKUP + RETRY,
-            Some(Known::Yes(_)) => true,
-            Some(Known::No) => age < ABSENT,
-            Some(Known::Unknown) => age < RETRY,
+            Some(Looked::Found(_)) => true,
+            Some(Looked::Nowhere) => age < ABSENT,
+            Some(Looked::Failed) => age < RETRY,
         }
     }
 }
 
 impl Cache {
-    fn add(&mut self, id: &str, found: watch::Receiver<Option<Known<Container>>>) {
+    fn add(&mut self, id: &str, found: watch::Receiver<Option<Looked>>) {
         let lookup = Lookup {
             begun: Instant::now(),
             found,
@@ -220,32 +210,115 @@ impl Cache {
     }
 }
 
-/// Asks the runtime of a container, or all of them.
-async fn look(sources: &Sources, id: &str, runtime: Option<Runtime>) -> Known<Container> {
+/// Asks the runtime of a container, or all of them. Whoever does not know the image does not know the
+/// container: docker's containers have state files, too, in which no image stands.
+async fn look(sources: &Sources, id: &str, runtime: Option<Runtime>) -> Looked {
     let is = |candidate| runtime.is_none_or(|runtime| runtime == candidate);
-    let mut unknown = false;
+    let mut not_found = Looked::Nowhere;
     if is(Runtime::Docker)
         && let Some(socket) = &sources.docker_socket
     {
         match docker::inspect(socket, id).await {
-            Ok(Some(container)) => return Known::Yes(Arc::new(container)),
-            Ok(None) => {}
+            Ok(Some(container)) if container.image.is_some() => {
+                return Looked::Found(Arc::new(container));
+            }
+            Ok(_) => {}
             Err(error) => {
                 log::debug!("docker does not tell of container {id}: {error:#}");
-                unknown = true;
+                not_found = Looked::Failed;
             }
         }
     }
     let (sources, id) = (sources.clone(), id.to_owned());
     let read = tokio::task::spawn_blocking(move || state::read(&sources, &id)).await;
     match read {
-        Ok(Ok(Some(container))) => Known::Yes(Arc::new(container)),
-        Ok(Ok(None)) if !unknown => Known::No,
-        Ok(Ok(None)) => Known::Unknown,
+        Ok(Ok(Some(container))) if container.image.is_some() => Looked::Found(Arc::new(container)),
+        Ok(Ok(_)) => not_found,
         Ok(Err(error)) => {
             log::debug!("the state of a container cannot be read: {error:#}");
-            Known::Unknown
+            Looked::Failed
         }
-        Err(_) => Known::Unknown,
+        Err(_) => Looked::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        io::{Read as _, Write as _},
+        os::unix::net::UnixListener,
+    };
+
+    use super::*;
+
+    const ID: &str = "3f4a0e6d1b2c";
+
+    /// docker, which gives one answer to everybody.
+    fn docker(socket: PathBuf, answer: &'static str) {
+        let listener = UnixListener::bind(socket).unwrap();
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                let mut client = client.unwrap();
+                let _asked = client.read(&mut [0; 4096]).unwrap();
+                let length = answer.len();
+                let head = if answer.is_empty() {
+                    "500 Oh"
+                } else {
+                    "200 OK"
+                };
+                let answer = format!("HTTP/1.1 {head}\r\nContent-Length: {length}\r\n\r\n{answer}");
+                client.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+    }
+
+    /// Where there is an id, there are an image and a pod: who knows of none is not asked the right one.
+    #[tokio::test]
+    async fn what_nobody_knows_is_not_known() {
+        let root = std::env::temp_dir().join(format!("imds-guard-{}-nobody", std::process::id()));
+        let task = root.join("io.containerd.runtime.v2.task/moby").join(ID);
+        fs::create_dir_all(&task).unwrap();
+        let sources = |docker: &str| Sources {
+            docker_socket: Some(root.join(docker)),
+            containerd_state: root.clone(),
+            containers_storage: root.join("none"),
+            kubernetes: None,
+        };
+        docker(root.join("fails"), "");
+        docker(
+            root.join("knows"),
+            r#"{"Name": "/web", "Config": {"Image": "nginx"}}"#,
+        );
+        let image = async |docker: &str| {
+            let workloads = Workloads::new(sources(docker));
+            let found = workloads.container(ID, None, Wait::Bounded).await;
+            found.and_then(|found| found.image.clone())
+        };
+        // docker's containers have such files, too.
+        for spec in [
+            None,
+            Some("{}"),
+            Some(r#"{"annotations": {"nerdctl/name": "web"}}"#),
+        ] {
+            if let Some(spec) = spec {
+                fs::write(task.join("config.json"), spec).unwrap();
+            }
+            assert_eq!(image("absent").await, None);
+            assert_eq!(image("fails").await, None);
+            assert_eq!(image("knows").await.as_deref(), Some("nginx"));
+        }
+        let failed = look(&sources("fails"), ID, None).await;
+        assert_eq!(failed, Looked::Failed, "and is asked again soon");
+        let spec = r#"{"annotations": {"nerdctl/image-ref": "alpine:3"}}"#;
+        fs::write(task.join("config.json"), spec).unwrap();
+        assert_eq!(image("fails").await.as_deref(), Some("alpine:3"));
+        let workloads = Workloads::new(sources("absent"));
+        assert_eq!(
+            workloads.container("task-1", None, Wait::Bounded).await,
+            None
+        );
+        assert_eq!(workloads.pod("a-pod", Wait::Bounded).await, None);
+        fs::remove_dir_all(&root).unwrap();
     }
 }

@@ -110,6 +110,7 @@ fn a_selector_matches_whom_it_names() {
             sha256: true,
             container: true,
             pod: true,
+            ..Missing::default()
         },
         ..in_pod()
     };
@@ -207,6 +208,59 @@ fn what_is_not_verified_never_gains_by_that() {
             let rule = rule(&format!("{selectors}\naction = '{action}'"));
             let got = rule.fits(&subject(&caller));
             assert_eq!(got, expected, "{selectors} {action} {:?}", caller.parents);
+        }
+    }
+}
+
+/// Who is waited for, when only the kernel has told of a caller: only where it decides.
+#[test]
+fn what_is_wanted_is_what_a_rule_still_turns_on() {
+    let unknown = Caller {
+        exe: Some("/usr/bin/curl".into()),
+        exe_sha256: None,
+        pod: None,
+        container: None,
+        missing: Missing {
+            exe: true,
+            ancestors: true,
+            sha256: true,
+            container: true,
+            pod: true,
+        },
+        parents: vec![parent(1, "/usr/sbin/cron", false)],
+        ..in_pod()
+    };
+    let nothing = Missing::default();
+    let (exe, sha256) = (true, true);
+    let (ancestors, container, pod) = (true, true, true);
+    let digest = format!("sha256 = '{}'", "ab".repeat(32));
+    #[rustfmt::skip]
+    let table = [
+        (String::new(), nothing),
+        ("exe = '/usr/bin/curl'".into(), Missing { exe, ..nothing }),
+        ("exe = '/usr/bin/wget'".into(), nothing),
+        ("exe = '!/usr/bin/wget'".into(), Missing { exe, ..nothing }),
+        ("exe = '!/usr/bin/wget'\naction = 'deny'".into(), nothing),
+        ("exe = '!/usr/bin/curl'\naction = 'deny'".into(), Missing { exe, ..nothing }),
+        ("ancestor_exe = '/usr/sbin/cron'".into(), Missing { ancestors, ..nothing }),
+        ("ancestor_exe = '!/usr/sbin/cron'".into(), nothing),
+         ("ancestor_exe = '!/usr/sbin/sshd'".into(), Missing { ancestors, ..nothing }),
+        ("ancestor_exe = '/usr/sbin/sshd'".into(), nothing),
+        (digest.clone(), Missing { sha256, ..nothing }),
+        (format!("{digest}\nuid = 0"), nothing),
+        ("container_image = 'a'".into(), Missing { container, ..nothing }),
+        ("namespace = 'a'".into(), Missing { pod, ..nothing }),
+        ("namespace = 'a'\nnetns = 'host'".into(), nothing),
+        ("labels = {a = 'b'}\ncontainer_image = '*'".into(), Missing { container, pod, ..nothing }),
+    ];
+    for (selectors, expected) in table {
+        // Behind a rule that ends it nothing is asked.
+        for (before, expected) in [(None, expected), (Some(rule("action = 'deny'")), nothing)] {
+            let rules = before.into_iter().chain([rule(&selectors)]).collect();
+            let rules = Rules::new(rules);
+            let candidates = rules.candidates(&subject(&unknown));
+            let wanted = rules.wanted(&candidates, &unknown);
+            assert_eq!(wanted, expected, "{selectors}");
         }
     }
 }
