@@ -16,6 +16,7 @@ use crate::{
     config::{IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4, LISTENER_V6, Pair},
     failure::Failure,
     kernel::{PINS, Pins, probe},
+    record::to_json_pretty,
 };
 
 /// For `--help`.
@@ -101,7 +102,7 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
         checks,
     };
     if arguments.json {
-        let json = serde_json::to_string_pretty(&report).map_err(anyhow::Error::from)?;
+        let json = to_json_pretty(&report).map_err(anyhow::Error::from)?;
         println!("{json}");
     } else {
         print(&report);

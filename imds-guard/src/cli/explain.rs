@@ -13,6 +13,7 @@ use crate::{
     identify::{CommandLines, Resolver, workload::Workloads},
     kernel::probe,
     policy::{Caller, Explanation, Fit},
+    record::to_json_pretty,
 };
 
 /// For `--help`.
@@ -60,7 +61,7 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
         None => here(arguments)?,
     };
     if arguments.json {
-        let json = serde_json::to_string_pretty(&answer).map_err(anyhow::Error::from)?;
+        let json = to_json_pretty(&answer).map_err(anyhow::Error::from)?;
         println!("{json}");
     } else {
         print(&answer);

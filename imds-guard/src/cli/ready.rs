@@ -13,6 +13,7 @@ use crate::{
         HostCoverage, Summary,
         render::{Report, Row, plain},
     },
+    record::to_json_pretty,
 };
 
 /// For `--help`.
@@ -85,7 +86,7 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let summary = arguments.logs.read_since(Some(from))?;
     let readiness = judge(&summary, (from, to), arguments.elastic);
     if arguments.json {
-        let json = serde_json::to_string_pretty(&readiness).map_err(anyhow::Error::from)?;
+        let json = to_json_pretty(&readiness).map_err(anyhow::Error::from)?;
         println!("{json}");
     } else {
         print(&readiness);

@@ -39,17 +39,18 @@ pub fn escaped(json: String) -> String {
     plain
 }
 
-/// Whether a terminal may obey a character beyond ASCII's: control characters, those that change the
-/// direction of text, and line separators.
-const fn obeyed(one: char) -> bool {
+/// Whether a terminal may obey a character in place of showing it, or a reader not see it: control characters
+/// beyond ASCII's, those that change the direction of text or have no width, and line separators.
+#[must_use]
+pub const fn obeyed(one: char) -> bool {
     matches!(
         one,
         '\u{7f}'..='\u{9f}'
             | '\u{61c}'
-            | '\u{200e}'
-            | '\u{200f}'
+            | '\u{200b}'..='\u{200f}'
             | '\u{2028}'..='\u{202e}'
-            | '\u{2066}'..='\u{2069}'
+            | '\u{2060}'..='\u{2069}'
+            | '\u{feff}'
     )
 }
 

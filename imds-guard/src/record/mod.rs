@@ -14,7 +14,7 @@ pub use event::{
     Kind, Latency, Layer, Packet, PolicyChange, RefusedConnection, Request, RuleExpired,
     SCHEMA_VERSION, Started, Stopped, Unwatched, UpstreamFailure, UpstreamFailureKind,
 };
-pub use json::{escaped, to_json, to_json_pretty};
+pub use json::{escaped, obeyed, to_json, to_json_pretty};
 pub use metrics::Metrics;
 pub use sink::{Lines, Recorder, Writer};
 pub use tally::{ByVersion, Tally, Totals, label};

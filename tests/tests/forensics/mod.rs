@@ -602,7 +602,7 @@ fn f2_nothing_a_caller_says_gets_out_of_its_field() {
         assert!(output.status.success());
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(
-            !text.contains(['\u{1b}', '\u{202e}', '\r']) || form == "json",
+            !text.contains(['\u{1b}', '\u{9b}', '\u{202e}', '\u{2028}', '\u{61c}', '\r']),
             "{form}: {text}"
         );
         assert!(

@@ -13,6 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Advice, Calls, Identity, Summary, Wanted, advise};
+use crate::record::{obeyed, to_json_pretty};
 
 /// What a report looks like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -155,7 +156,7 @@ impl Report {
     pub fn render(&self, form: Form) -> anyhow::Result<String> {
         match form {
             Form::Table => Ok(table::table(self)),
-            Form::Json => Ok(serde_json::to_string_pretty(self)? + "\n"),
+            Form::Json => Ok(to_json_pretty(self)? + "\n"),
             Form::Csv => csv::csv(self),
             Form::Html => Ok(html::html(self)),
             Form::Md => Ok(markdown::markdown(self)),
@@ -215,10 +216,7 @@ fn timeline(summary: &Summary) -> Vec<Period> {
 /// change the direction of text or begin a line, are shown as codes.
 #[must_use]
 pub fn plain(text: &str) -> String {
-    let is_plain = |it: char| {
-        !it.is_control()
-            && !matches!(it, '\u{61c}' | '\u{2028}' | '\u{2029}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
-    };
+    let is_plain = |it: char| !it.is_control() && !obeyed(it);
     let mut plain = String::with_capacity(text.len());
     for it in text.chars() {
         match is_plain(it) {
