@@ -1,6 +1,10 @@
 //! How full the maps are that others can fill.
 
-use std::os::fd::AsFd as _;
+use std::{
+    os::fd::AsFd as _,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, anyhow};
 use aya::{
@@ -9,12 +13,13 @@ use aya::{
 };
 use imds_guard_common::flow::{Origin, SynKey};
 
-/// As the kernel programs have it: `imds_guard_common::packet::Budget`.
-type Budget = [u64; 3];
+/// How long what was counted is good enough, as whoever asks costs a system call for each entry.
+const FRESH: Duration = Duration::from_secs(5);
 
 /// The maps, for counting.
 pub struct MapFill {
     maps: Vec<Box<dyn Countable>>,
+    last: Mutex<Option<(Instant, Vec<Fill>)>>,
 }
 
 /// How full a map is.
@@ -58,25 +63,37 @@ impl MapFill {
     /// Nothing to count: no kernel programs are there.
     #[must_use]
     pub fn none() -> Self {
-        Self { maps: Vec::new() }
+        Self::counting(Vec::new())
     }
 
-    /// Of the maps of an object that still has them.
+    fn counting(maps: Vec<Box<dyn Countable>>) -> Self {
+        Self {
+            maps,
+            last: Mutex::default(),
+        }
+    }
+
+    /// Of the maps of an object that still has them. Without PENDING and CALLERS: nothing is ever removed
+    /// from these, so they are full in the end, and that costs nobody anything.
     pub(super) fn of(ebpf: &Ebpf) -> anyhow::Result<Self> {
-        Ok(Self {
-            maps: vec![
-                counted::<u64, u8>(ebpf, "EXEMPT")?,
-                counted::<u64, Origin>(ebpf, "PENDING")?,
-                counted::<SynKey, Origin>(ebpf, "FLOWS")?,
-                counted::<u64, Budget>(ebpf, "CALLERS")?,
-            ],
-        })
+        Ok(Self::counting(vec![
+            counted::<u64, u8>(ebpf, "EXEMPT")?,
+            counted::<SynKey, Origin>(ebpf, "FLOWS")?,
+        ]))
     }
 
-    /// Counts what is in each. A system call for each entry.
+    /// Counts what is in each, if that was not done a moment ago. May take some milliseconds.
     #[must_use]
     pub fn read(&self) -> Vec<Fill> {
-        self.maps.iter().map(|map| map.count()).collect()
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some((when, fill)) if when.elapsed() < FRESH => fill.clone(),
+            _ => {
+                let fill: Vec<_> = self.maps.iter().map(|map| map.count()).collect();
+                *last = Some((Instant::now(), fill.clone()));
+                fill
+            }
+        }
     }
 }
 

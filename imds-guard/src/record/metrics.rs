@@ -15,13 +15,23 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use super::{RefusedConnection, Request, UpstreamFailureKind, label};
-use crate::policy::Imds;
+use super::{Endpoint, RefusedConnection, Request, UpstreamFailureKind, label};
+use crate::policy::{Imds, Verdict};
 
 /// Callers that have a series of their own; the others share one. Callers choose their names.
 const MOST_CALLERS: usize = 200;
 /// What the others are called.
 const OTHER: &str = "other";
+
+/// All that a request can be counted as.
+const VERSIONS: [Option<Imds>; 4] = [Some(Imds::V1), Some(Imds::V2), Some(Imds::Token), None];
+const VERDICTS: [Verdict; 4] = [
+    Verdict::Allow,
+    Verdict::Audit,
+    Verdict::Upgrade,
+    Verdict::Deny,
+];
+const ENDPOINTS: [Endpoint; 3] = [Endpoint::Ipv4, Endpoint::Ipv6, Endpoint::Ipv4Mapped];
 
 /// Counters and histograms.
 pub struct Metrics {
@@ -62,6 +72,8 @@ impl Default for Metrics {
     fn default() -> Self {
         // 50 µs to 1.6 s.
         let buckets = || exponential_buckets(0.000_05, 2.0, 16);
+        let requests = Family::<RequestLabels, Counter>::default();
+        let tokens = Family::<VerdictLabels, Counter>::default();
         let (refused, failures) = (Family::default(), Family::default());
         // What is to be alerted of must be there before it happens.
         for reason in ["not_redirected", "no_syn", "too_many"] {
@@ -70,11 +82,24 @@ impl Default for Metrics {
         for reason in ["unreachable", "timed_out", "broken"] {
             let _zero: Counter = failures.get_or_create_owned(&ReasonLabels { reason });
         }
+        for verdict in VERDICTS.map(|it| it.to_string()) {
+            for (imds, endpoint) in VERSIONS
+                .into_iter()
+                .flat_map(|imds| ENDPOINTS.map(|endpoint| (imds, endpoint)))
+            {
+                let _zero = requests.get_or_create_owned(&RequestLabels {
+                    version: version_of(imds),
+                    verdict: verdict.clone(),
+                    endpoint: endpoint.as_str(),
+                });
+            }
+            let _zero = tokens.get_or_create_owned(&VerdictLabels { verdict });
+        }
         Self {
-            requests: Family::default(),
+            requests,
             v1: Family::default(),
             callers: Mutex::default(),
-            tokens: Family::default(),
+            tokens,
             refused,
             failures,
             guard: Histogram::new(buckets()),
@@ -88,14 +113,16 @@ impl Metrics {
     pub fn request(&self, request: &Request) {
         let verdict = request.verdict.to_string();
         let labels = RequestLabels {
-            version: request.imds.map_or("malformed", Imds::as_str),
+            version: version_of(request.imds),
             verdict: verdict.clone(),
             endpoint: request.endpoint.as_str(),
         };
         self.requests.get_or_create(&labels).inc();
         match request.imds {
             Some(Imds::V1) => {
-                let caller = self.caller(label(&request.caller));
+                // As status shows it.
+                let label = label(&request.caller).escape_default().to_string();
+                let caller = self.caller(label);
                 let labels = CallerLabels { caller, verdict };
                 self.v1.get_or_create(&labels).inc();
             }
@@ -177,4 +204,8 @@ impl Metrics {
         callers.insert(name.clone());
         name
     }
+}
+
+fn version_of(imds: Option<Imds>) -> &'static str {
+    imds.map_or("malformed", Imds::as_str)
 }

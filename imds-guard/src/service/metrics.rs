@@ -42,7 +42,7 @@ use crate::{
 };
 
 /// Scrapes at once, and those that may wait.
-const SCRAPES: usize = 4;
+pub const SCRAPES: usize = 4;
 const BACKLOG: i32 = 16;
 /// How long a scrape may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -159,7 +159,7 @@ async fn taken_in(
     let registry = Arc::clone(registry);
     tokio::spawn(async move {
         let answer = service_fn(async |request: Request<Incoming>| {
-            Ok::<_, std::convert::Infallible>(answer(&request, &registry))
+            Ok::<_, std::convert::Infallible>(answer(&request, Arc::clone(&registry)).await)
         });
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -172,15 +172,21 @@ async fn taken_in(
     });
 }
 
-fn answer(request: &Request<Incoming>, registry: &Registry) -> Response<Full<Bytes>> {
-    let mut text = String::new();
-    let status = match (request.method(), request.uri().path()) {
-        (&Method::GET, "/metrics" | "/") => match encode(&mut text, registry) {
-            Ok(()) => StatusCode::OK,
-            Err(_) => StatusCode::INTERNAL_SERVER_ERROR,
-        },
-        (&Method::GET, _) => StatusCode::NOT_FOUND,
-        _ => StatusCode::METHOD_NOT_ALLOWED,
+async fn answer(request: &Request<Incoming>, registry: Arc<Registry>) -> Response<Full<Bytes>> {
+    let (status, text) = match (request.method(), request.uri().path()) {
+        (&Method::GET, "/metrics" | "/") => {
+            // Not on the threads that serve connections: maps are counted.
+            let read = tokio::task::spawn_blocking(move || {
+                let mut text = String::new();
+                encode(&mut text, &registry).map(|()| text)
+            });
+            match read.await {
+                Ok(Ok(text)) => (StatusCode::OK, text),
+                _ => (StatusCode::INTERNAL_SERVER_ERROR, String::new()),
+            }
+        }
+        (&Method::GET, _) => (StatusCode::NOT_FOUND, String::new()),
+        _ => (StatusCode::METHOD_NOT_ALLOWED, String::new()),
     };
     let mut response = Response::new(Full::new(text.into()));
     *response.status_mut() = status;

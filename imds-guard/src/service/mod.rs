@@ -137,7 +137,7 @@ fn serve_from(
     // After the privileges, as threads inherit them.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
-        .max_blocking_threads(READERS + DIGESTERS + LOOKUPS)
+        .max_blocking_threads(READERS + DIGESTERS + LOOKUPS + metrics::SCRAPES)
         .enable_all()
         .build()
         .context("the threads cannot be started")?;
