@@ -1,6 +1,6 @@
 """A collector of OpenTelemetry logs: prints its port, and what it is sent, a line for each record. Refuses
 the first message for now, as a collector that is busy does."""
-import http.server, json, sys
+import http.server, json, signal, sys
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 
 class Collector(http.server.BaseHTTPRequestHandler):
@@ -28,5 +28,7 @@ class Collector(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 
 server = http.server.HTTPServer(("127.0.0.1", 0), Collector)
+# A test that waits for what never comes is to fail.
+signal.alarm(60)
 print(server.server_port, flush=True)
 server.serve_forever()
