@@ -5,6 +5,7 @@ mod files;
 mod keys;
 mod layers;
 mod outputs;
+mod place;
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
@@ -20,12 +21,12 @@ pub use files::{CONFIG_FILE, drop_ins};
 pub use keys::{KernelLog, Keys};
 pub use layers::{Configuration, Layers, Origin};
 pub use outputs::{MetricsAt, OutputSettings};
+pub use place::{Place, Wrong};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    failure::Failure,
     identify::{CommandLines, workload},
     policy::{Mode, Policy},
 };
@@ -71,13 +72,14 @@ impl Pair {
     ///
     /// # Errors
     /// Two of one family, or an unspecified address.
-    pub fn with(mut self, given: &[SocketAddr], option: &str) -> Result<Self, Failure> {
+    pub fn with(mut self, given: &[SocketAddr], option: &'static str) -> Result<Self, Wrong> {
         let (mut v4, mut v6) = (0, 0);
         for address in given {
             if address.ip().to_canonical().is_unspecified() {
-                return Err(Failure::Settings(format!(
-                    "{option} {address}: give the address itself, not \"all addresses\""
-                )));
+                return Err(Wrong::new(
+                    [option],
+                    format!("{option} {address}: give the address itself, not \"all addresses\""),
+                ));
             }
             match address {
                 SocketAddr::V4(address) => (self.v4, v4) = (*address, v4 + 1),
@@ -85,9 +87,12 @@ impl Pair {
             }
         }
         if v4 > 1 || v6 > 1 {
-            return Err(Failure::Settings(format!(
-                "{option} is given twice for one address family: give at most one IPv4 and one IPv6 address"
-            )));
+            return Err(Wrong::new(
+                [option],
+                format!(
+                    "{option} is given twice for one address family: give at most one IPv4 and one IPv6 address"
+                ),
+            ));
         }
         Ok(self)
     }
@@ -113,7 +118,7 @@ impl Upstreams {
     ///
     /// # Errors
     /// As [`Pair::with`].
-    pub fn resolve(endpoints: Pair, given: &[SocketAddr]) -> Result<Self, Failure> {
+    pub fn resolve(endpoints: Pair, given: &[SocketAddr]) -> Result<Self, Wrong> {
         if let [only] = given {
             endpoints.with(given, "upstream")?;
             return Ok(Self {
@@ -323,16 +328,19 @@ impl Settings {
     ///
     /// # Errors
     /// Settings that contradict each other.
-    pub fn validate(&self) -> Result<(), Failure> {
+    pub fn validate(&self) -> Result<(), Wrong> {
         for (name, pair) in [("listen", self.listeners), ("endpoint", self.endpoints)] {
             if pair.v4.port() != pair.v6.port() {
-                return Err(Failure::Settings(format!(
-                    "{name}: {} and {} must have the same port",
-                    pair.v4, pair.v6
-                )));
+                return Err(Wrong::new(
+                    [name],
+                    format!(
+                        "{name}: {} and {} must have the same port",
+                        pair.v4, pair.v6
+                    ),
+                ));
             }
             if pair.v4.port() == 0 {
-                return Err(Failure::Settings(format!("{name}: port 0 is none")));
+                return Err(Wrong::new([name], format!("{name}: port 0 is none")));
             }
         }
         let endpoints = self.endpoints.both();
@@ -341,24 +349,29 @@ impl Settings {
                 .iter()
                 .any(|endpoint| endpoint.ip() == listener.ip())
             {
-                return Err(Failure::Settings(format!(
-                    "listen {listener}: that is the metadata service's own address"
-                )));
+                return Err(Wrong::new(
+                    ["listen", "endpoint"],
+                    format!("listen {listener}: that is the metadata service's own address"),
+                ));
             }
             if [self.upstreams.v4, self.upstreams.v6].contains(&listener) {
-                return Err(Failure::Settings(format!(
-                    "upstream {listener}: that is the guard itself"
-                )));
+                return Err(Wrong::new(
+                    ["upstream", "listen"],
+                    format!("upstream {listener}: that is the guard itself"),
+                ));
             }
         }
         if !matches!(
             IpAddr::from(*self.listeners.v6.ip()).to_canonical(),
             IpAddr::V6(_)
         ) {
-            return Err(Failure::Settings(format!(
-                "listen {}: an IPv4-mapped address is no IPv6 address",
-                self.listeners.v6
-            )));
+            return Err(Wrong::new(
+                ["listen"],
+                format!(
+                    "listen {}: an IPv4-mapped address is no IPv6 address",
+                    self.listeners.v6
+                ),
+            ));
         }
         Ok(())
     }

@@ -86,18 +86,21 @@ fn each_value_says_where_it_comes_from() {
     );
     assert_eq!(
         line("link"),
-        ("link = \"c\"".into(), file("conf.d/20-c.toml"))
+        ("link = \"c\"".into(), file("conf.d/20-c.toml:1:8"))
     );
     assert_eq!(
         line("uplink"),
-        ("uplink = [\"x\"]".into(), file("config.toml"))
+        ("uplink = [\"x\"]".into(), file("config.toml:4:10"))
     );
     assert_eq!(
         line("token_binding"),
         ("token_binding = \"container\"".into(), "default".into())
     );
     assert!(
-        shown.contains("[[rule]]\nname = \"r\"\nuid = [\"7\"]"),
+        shown.contains(&format!(
+            "# {}\n[[rule]]\nname = \"r\"\nuid = [\"7\"]",
+            file("conf.d/20-c.toml:3:8")
+        )),
         "{shown}"
     );
 
@@ -118,7 +121,9 @@ fn each_value_says_where_it_comes_from() {
 #[test]
 fn d4_a_bad_file_is_named_with_its_place() {
     let files = Files::new("bad");
-    let table: [(&str, &str); 6] = [
+    let rule = "[[rule]]\nname = 'a'\nuid = 7\naction = 'deny'\n";
+    let namesakes = format!("{rule}{rule}");
+    let table: [(&str, &str); 14] = [
         (
             "mode = 'audit'\nhop_limt = 2",
             "config.toml:2:1: unknown key `hop_limt`: did you mean `hop_limit`?",
@@ -133,9 +138,33 @@ fn d4_a_bad_file_is_named_with_its_place() {
         ),
         ("listen = ['nowhere']", "config.toml:1:1"),
         (
-            "endpoint = ['0.0.0.0:80']",
-            "endpoint 0.0.0.0:80: give the address itself",
+            "[[rule]]\nname = 'a'\nexpires = 20300131\naction = 'deny'",
+            "config.toml:3:11: that is no date: write one as 2030-01-31",
         ),
+        // What no key says by itself.
+        (
+            "\nendpoint = ['0.0.0.0:80']",
+            "config.toml:2:12: endpoint 0.0.0.0:80: give the address itself",
+        ),
+        (
+            "mode = 'audit'\nlisten = ['169.254.169.254:254']",
+            "config.toml:2:10: listen 169.254.169.254:254: that is the metadata service's",
+        ),
+        (
+            "mode = 'audit'\nupstream = ['169.254.171.254:254']",
+            "config.toml:2:12: upstream 169.254.171.254:254: that is the guard itself",
+        ),
+        ("otlp = 'ftp://x'", "config.toml:1:8: otlp: "),
+        (
+            "events_chain = true",
+            "config.toml:1:16: events-chain needs",
+        ),
+        (
+            "mode = 'audit'\nevents_file_mib = 2000",
+            "config.toml:2:19: events-total-mib is less",
+        ),
+        ("ocsf = '-'\nemf = '-'", "config.toml:2:7: ocsf and emf go"),
+        (&namesakes, "config.toml:6:8: rule \"a\" has a namesake in "),
         ("mode = ", "config.toml:1:"),
     ];
     for (text, expected) in table {
@@ -145,11 +174,19 @@ fn d4_a_bad_file_is_named_with_its_place() {
         assert!(said.contains(expected), "{text}: {said}");
         assert_eq!(said.trim_end().lines().count(), 1, "{said}");
     }
+    fs::write(files.0.join("config.toml"), b"mode = 'audit' # \xe4\xff").unwrap();
+    let (_, _, said) = files.config("check", &[], &[]);
+    assert!(
+        said.contains("config.toml:1:18: that is not UTF-8"),
+        "{said}"
+    );
+    // What somebody else said is not looked for in files.
+    files.write("config.toml", "endpoint = ['127.0.0.1:80']");
+    let (_, _, said) = files.config("check", &["--endpoint", "0.0.0.0:80"], &[]);
+    assert!(said.contains("command line: endpoint 0.0.0.0:80"), "{said}");
+    let (_, _, said) = files.config("check", &[], &[("IMDS_GUARD_ENDPOINT", "0.0.0.0:80")]);
+    assert!(said.contains("IMDS_GUARD_ENDPOINT: endpoint"), "{said}");
     let config = files.write("config.toml", "");
-    let mode = |mode| fs::set_permissions(&config, fs::Permissions::from_mode(mode)).unwrap();
-    mode(0o666);
-    assert!(files.config("check", &[], &[]).2.contains("`chmod o-w` it"));
-    mode(0o644);
     std::os::unix::fs::chown(&config, Some(65534), None).unwrap();
     assert!(
         files
@@ -180,6 +217,55 @@ fn d4_a_bad_file_is_named_with_its_place() {
         said.contains("IMDS_GUARD_MODE") || said.contains("--mode"),
         "{said}"
     );
+}
+
+/// E1: whoever can write a file can change rules, and who can write a directory can remove them.
+#[test]
+fn e1_a_configuration_that_others_can_write_is_refused() {
+    let files = Files::new("modes");
+    files.write("config.toml", "");
+    let drop_in = files.write("conf.d/10-a.toml", "");
+    let set = |path: &PathBuf, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let (config, conf_d) = (files.0.join("config.toml"), files.0.join("conf.d"));
+    let places = [
+        (config, 0o644),
+        (drop_in, 0o644),
+        (conf_d, 0o755),
+        (files.0.clone(), 0o755),
+    ];
+    let accepted = || files.config("check", &[], &[]);
+    for (path, good) in &places {
+        for bit in [0o002, 0o020] {
+            set(path, good | bit);
+            let (code, _, said) = accepted();
+            let expected = format!(
+                "{}: others may write to it: `chmod go-w` it",
+                path.display()
+            );
+            assert!(code == 2 && said.contains(&expected), "{expected}: {said}");
+        }
+        set(path, *good);
+        assert_eq!(accepted().0, 0);
+        std::os::unix::fs::chown(path, Some(65534), None).unwrap();
+        let (code, _, said) = accepted();
+        let expected = format!("{}: it belongs to user 65534", path.display());
+        assert!(code == 2 && said.contains(&expected), "{expected}: {said}");
+        std::os::unix::fs::chown(path, Some(0), None).unwrap();
+    }
+    // Nobody can remove what is another's, as in /tmp.
+    set(&files.0, 0o1777);
+    assert_eq!(accepted().0, 0);
+    // A ConfigMap is mounted so that nobody can write to it.
+    set(&files.0, 0o777);
+    let script = "mount --bind \"$1\" \"$1\" && mount -o remount,bind,ro \"$1\" && \
+                  exec \"$0\" config check --config \"$1/config.toml\"";
+    let mounted = run(Command::new("unshare")
+        .args(["--mount", "sh", "-c", script, GUARD])
+        .arg(&files.0));
+    let said = String::from_utf8_lossy(&mounted.stderr).into_owned();
+    assert!(mounted.status.success(), "{said}");
 }
 
 /// The published files are those of the program.

@@ -99,7 +99,11 @@ fn d4_a_broken_configuration_changes_nothing() {
     let half = &DENY[..DENY.len() - 4];
     let broken = [
         ("half written", half.as_bytes().to_vec(), ":4:"),
-        ("no text", vec![0xff, 0xfe, b'\n', 0], "is not UTF-8"),
+        (
+            "no text",
+            vec![0xff, 0xfe, b'\n', 0],
+            ":1:1: that is not UTF-8",
+        ),
         (
             "a key of that name",
             b"mod = 'audit'".to_vec(),
@@ -115,7 +119,7 @@ fn d4_a_broken_configuration_changes_nothing() {
         (
             "namesakes",
             [DENY, DENY].concat().into_bytes(),
-            "has a namesake",
+            ":6:8: rule \"nobody\" has a namesake",
         ),
     ];
     for (what, text, expected) in broken {

@@ -1,13 +1,17 @@
 //! Configuration files.
 
 use std::{
-    fs::{self, File},
+    collections::HashMap,
+    fs::{self, File, Metadata},
     io::{self, Read as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
-use super::Keys;
+use super::{
+    Keys,
+    place::{Place, Places},
+};
 use crate::failure::Failure;
 
 /// Where the configuration is unless told otherwise.
@@ -27,6 +31,8 @@ pub struct Source {
     pub path: PathBuf,
     /// What is in it.
     pub keys: Keys,
+    /// Where.
+    pub places: Places,
 }
 
 /// Reads a configuration file and those of the directory beside it. It may be missing where it is not
@@ -36,26 +42,26 @@ pub struct Source {
 /// [`Failure::Settings`], with file, line and column where something is wrong in it.
 pub fn read(file: &Path, required: bool) -> Result<Vec<Source>, Failure> {
     let mut sources = Vec::new();
+    let directory = drop_ins(file);
+    for directory in [directory_of(file), &directory] {
+        check_directory(directory).map_err(|what| failure(directory, &what))?;
+    }
     if required || !is_absent(file) {
         sources.push(read_one(file)?);
     }
-    let directory = drop_ins(file);
     if !is_absent(&directory) {
         let more = list(&directory).map_err(|error| failure(&directory, &error.to_string()))?;
         for path in more {
             sources.push(read_one(&path)?);
         }
     }
-    let mut seen: std::collections::HashMap<&str, &Path> = Default::default();
+    let mut seen = HashMap::new();
     for source in &sources {
-        for rule in &source.keys.rules {
-            if let Some(other) = seen.insert(&rule.name, &source.path) {
-                let what = format!(
-                    "rule \"{}\" has a namesake in {}",
-                    rule.name,
-                    other.display()
-                );
-                return Err(failure(&source.path, &what));
+        let path = source.path.display();
+        for (rule, place) in source.keys.rules.iter().zip(&source.places.rules) {
+            if let Some(other) = seen.insert(&rule.name, format!("{path}:{place}")) {
+                let what = format!("rule \"{}\" has a namesake in {other}", rule.name);
+                return Err(Failure::Settings(format!("{path}:{place}: {what}")));
             }
         }
     }
@@ -88,21 +94,49 @@ fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
 /// The directory beside a configuration file.
 #[must_use]
 pub fn drop_ins(file: &Path) -> PathBuf {
-    file.parent().unwrap_or(Path::new("/")).join(CONFIG_DIR)
+    directory_of(file).join(CONFIG_DIR)
+}
+
+fn directory_of(file: &Path) -> &Path {
+    match file.parent() {
+        Some(directory) if directory.as_os_str().is_empty() => Path::new("."),
+        Some(directory) => directory,
+        None => Path::new("/"),
+    }
+}
+
+/// Who can write to a directory can remove a file with rules that deny.
+fn check_directory(directory: &Path) -> Result<(), String> {
+    let meta = match fs::metadata(directory) {
+        Ok(meta) => meta,
+        // Whoever reads it says so.
+        Err(_) => return Ok(()),
+    };
+    // Kubernetes gives everybody the right to write to a ConfigMap, and mounts it so that nobody can.
+    let is_read_only = nix::sys::statvfs::statvfs(directory).is_ok_and(|found| {
+        found
+            .flags()
+            .contains(nix::sys::statvfs::FsFlags::ST_RDONLY)
+    });
+    if is_read_only {
+        return Ok(());
+    }
+    check_owner(&meta)
 }
 
 fn read_one(path: &Path) -> Result<Source, Failure> {
-    let text = text(path).map_err(|what| failure(path, &what))?;
-    let keys =
-        parse(&text).map_err(|what| Failure::Settings(format!("{}{what}", path.display())))?;
+    let wrong = |what| Failure::Settings(format!("{}{what}", path.display()));
+    let bytes = bytes(path).map_err(|what| failure(path, &what))?;
+    let text = text(bytes).map_err(wrong)?;
     Ok(Source {
         path: path.to_owned(),
-        keys,
+        keys: parse(&text).map_err(wrong)?,
+        places: Places::of(&text),
     })
 }
 
-/// The text of a file that nobody else can change.
-fn text(path: &Path) -> Result<String, String> {
+/// What is in a file that nobody else can change.
+fn bytes(path: &Path) -> Result<Vec<u8>, String> {
     // A named pipe in its place would hold up the start.
     let file = File::options()
         .read(true)
@@ -113,29 +147,38 @@ fn text(path: &Path) -> Result<String, String> {
     if !meta.is_file() {
         return Err("that is no file".into());
     }
-    if ![0, nix::unistd::geteuid().as_raw()].contains(&meta.uid()) {
-        return Err(format!(
-            "it belongs to user {}: `chown root` it",
-            meta.uid()
-        ));
-    }
-    if meta.mode() & 0o002 != 0 {
-        return Err("everybody may write to it: `chmod o-w` it".into());
-    }
+    check_owner(&meta)?;
     let mut bytes = Vec::new();
     let read = file.take(MAX_BYTES + 1).read_to_end(&mut bytes);
     read.map_err(|error| error.to_string())?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(format!("it has more than {MAX_BYTES} bytes"));
     }
+    Ok(bytes)
+}
+
+/// Whether nobody but root, or the guard's user, can change it.
+fn check_owner(meta: &Metadata) -> Result<(), String> {
+    if ![0, nix::unistd::geteuid().as_raw()].contains(&meta.uid()) {
+        return Err(format!(
+            "it belongs to user {}: `chown root` it",
+            meta.uid()
+        ));
+    }
+    // In a directory such as /tmp nobody can remove what is another's, and what they add is theirs.
+    let is_sticky = meta.is_dir() && meta.mode() & libc::S_ISVTX != 0;
+    if meta.mode() & 0o022 != 0 && !is_sticky {
+        return Err("others may write to it: `chmod go-w` it".into());
+    }
+    Ok(())
+}
+
+/// The text that bytes are; an error begins with `:LINE:COLUMN: `.
+fn text(bytes: Vec<u8>) -> Result<String, String> {
     String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        let line = error.as_bytes()[..at]
-            .iter()
-            .filter(|it| **it == b'\n')
-            .count()
-            + 1;
-        format!("line {line} is not UTF-8")
+        let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let place = Place::after(&String::from_utf8_lossy(before));
+        format!(":{place}: that is not UTF-8")
     })
 }
 
@@ -143,10 +186,8 @@ fn text(path: &Path) -> Result<String, String> {
 pub(super) fn parse(text: &str) -> Result<Keys, String> {
     toml::from_str(text).map_err(|error| {
         let at = error.span().map_or(0, |span| span.start).min(text.len());
-        let before = &text[..text.floor_char_boundary(at)];
-        let line = before.matches('\n').count() + 1;
-        let column = before.chars().rev().take_while(|it| *it != '\n').count() + 1;
-        format!(":{line}:{column}: {}", hint(error.message()))
+        let place = Place::after(&text[..text.floor_char_boundary(at)]);
+        format!(":{place}: {}", hint(error.message()))
     })
 }
 

@@ -14,10 +14,9 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use super::{
     IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4, LISTENER_V6, Limits, MetricsAt,
-    OnFailure, OnStop, OutputSettings, Pair, RUN_DIR, Settings, Uplinks, Upstreams,
+    OnFailure, OnStop, OutputSettings, Pair, RUN_DIR, Settings, Uplinks, Upstreams, Wrong,
 };
 use crate::{
-    failure::Failure,
     identify::{CommandLines, workload},
     kernel::PINS,
     policy::{Binding, HopLimitAction, Mode, Policy, Rule, Rules, pattern::Glob},
@@ -341,7 +340,7 @@ impl Keys {
     ///
     /// # Errors
     /// Keys that contradict each other.
-    pub fn settings(&self) -> Result<Settings, Failure> {
+    pub fn settings(&self) -> Result<Settings, Wrong> {
         let endpoints = Pair::new(IMDS_V4, IMDS_V6, IMDS_PORT)
             .with(self.endpoint.as_deref().unwrap_or_default(), "endpoint")?;
         let listeners = Pair::new(LISTENER_V4, LISTENER_V6, LISTENER_PORT)
@@ -405,14 +404,14 @@ impl Keys {
         Ok(settings)
     }
 
-    fn outputs(&self) -> Result<OutputSettings, Failure> {
+    fn outputs(&self) -> Result<OutputSettings, Wrong> {
         let default = OutputSettings::default();
         let mib = |given: Option<NonZeroU32>, default| {
             given.map_or(default, |mib| u64::from(mib.get()) * 1024 * 1024)
         };
         let hours = |hours: NonZeroU32| Duration::from_secs(u64::from(hours.get()) * 3600);
         let collector = self.otlp.as_deref().map(Collector::at).transpose();
-        let collector = collector.map_err(|why| Failure::Settings(format!("otlp: {why}")))?;
+        let collector = collector.map_err(|why| Wrong::new(["otlp"], format!("otlp: {why}")))?;
         let fold = self.events_fold_seconds.filter(|seconds| *seconds > 0);
         let rotation = default.rotation;
         let outputs = OutputSettings {

@@ -10,7 +10,7 @@ use std::{
 use clap::{ArgMatches, Args as _, Command, parser::ValueSource};
 use serde_json::{Map, Value};
 
-use super::{CONFIG_FILE, Keys, Settings, files::Source};
+use super::{CONFIG_FILE, Keys, Place, Settings, files::Source};
 use crate::failure::Failure;
 
 /// What the command line and the environment say, which does not change while the guard runs, and which
@@ -33,6 +33,8 @@ pub struct Configuration {
     pub keys: Keys,
     /// Where from.
     pub origins: BTreeMap<String, Origin>,
+    /// Where each of the rules comes from.
+    pub rule_origins: Vec<Origin>,
     /// The files that were read.
     pub sources: Vec<PathBuf>,
 }
@@ -40,8 +42,8 @@ pub struct Configuration {
 /// Where a key comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// A file.
-    File(PathBuf),
+    /// A file, and where in it.
+    File(PathBuf, Place),
     /// A variable of the environment.
     Environment(String),
     /// The command line.
@@ -103,14 +105,23 @@ impl Layers {
     fn read_files(&self, required: bool) -> Result<Configuration, Failure> {
         let mut keys = Map::new();
         let mut origins = BTreeMap::new();
-        let (mut rules, mut files) = (Vec::new(), Vec::new());
-        for Source { path, keys: read } in super::files::read(&self.file, required)? {
-            files.push(path.clone());
-            rules.extend(read.rules.iter().cloned());
+        let (mut rules, mut rule_origins, mut files) = (Vec::new(), Vec::new(), Vec::new());
+        for source in super::files::read(&self.file, required)? {
+            let Source {
+                path,
+                keys: mut read,
+                places,
+            } = source;
+            let from = |place| Origin::File(path.clone(), place);
+            rules.append(&mut read.rules);
+            rule_origins.extend(places.rules.into_iter().map(from));
             for (key, value) in object(read)? {
-                origins.insert(key.clone(), Origin::File(path.clone()));
+                if let Some(place) = places.keys.get(&key) {
+                    origins.insert(key.clone(), from(*place));
+                }
                 keys.insert(key, value);
             }
+            files.push(path);
         }
         for (key, value) in object(self.given.clone())? {
             let origin = match self.environment.contains(&key) {
@@ -125,6 +136,7 @@ impl Layers {
         Ok(Configuration {
             keys: Keys { rules, ..keys },
             origins,
+            rule_origins,
             sources: files,
         })
     }
@@ -145,7 +157,9 @@ impl Configuration {
     /// # Errors
     /// As [`Keys::settings`].
     pub fn settings(&self) -> Result<Settings, Failure> {
-        self.keys.settings()
+        self.keys
+            .settings()
+            .map_err(|wrong| wrong.at(&self.origins))
     }
 
     /// The effective values as TOML, each with where it comes from.
@@ -163,12 +177,14 @@ impl Configuration {
             };
             text += &format!("{:<60} # {origin}\n", format!("{key} = {value}"));
         }
-        let rules = Keys {
-            rules: self.keys.rules.clone(),
-            ..Keys::default()
-        };
-        text += "\n";
-        text += &toml::to_string(&rules).map_err(anyhow::Error::from)?;
+        for (rule, origin) in self.keys.rules.iter().zip(&self.rule_origins) {
+            let rule = Keys {
+                rules: vec![rule.clone()],
+                ..Keys::default()
+            };
+            let rule = toml::to_string(&rule).map_err(anyhow::Error::from)?;
+            text += &format!("\n# {origin}\n{rule}");
+        }
         Ok(text)
     }
 
@@ -228,7 +244,7 @@ const LIVE: [&str; 8] = [
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::File(path) => path.display().fmt(f),
+            Self::File(path, place) => write!(f, "{}:{place}", path.display()),
             Self::Environment(variable) => f.write_str(variable),
             Self::CommandLine => f.write_str("command line"),
         }

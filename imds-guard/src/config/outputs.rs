@@ -10,10 +10,8 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    failure::Failure,
-    record::output::{Collector, Rotation, Sync},
-};
+use super::Wrong;
+use crate::record::output::{Collector, Rotation, Sync};
 
 /// Standard output, where a file is meant.
 const STDOUT: &str = "-";
@@ -93,22 +91,26 @@ impl OutputSettings {
     ///
     /// # Errors
     /// Two outputs in one place, or a chain on a stream.
-    pub fn validate(&self) -> Result<(), Failure> {
+    pub fn validate(&self) -> Result<(), Wrong> {
         let files = self.files();
         for (at, (name, path)) in files.iter().enumerate() {
             if let Some((other, _)) = files[..at].iter().find(|(_, other)| other == path) {
-                return Err(Failure::Settings(format!(
-                    "{other} and {name} go to the same place: choose another one"
-                )));
+                // The event log is where most want it.
+                return Err(Wrong::new(
+                    ["emf", "ocsf"],
+                    format!("{other} and {name} go to the same place: choose another one"),
+                ));
             }
         }
         if self.chain && self.events_file().is_none() {
-            return Err(Failure::Settings(
+            return Err(Wrong::new(
+                ["events_chain"],
                 "events-chain needs an event log in a file: name one with events".into(),
             ));
         }
         if self.rotation.total < self.rotation.size {
-            return Err(Failure::Settings(
+            return Err(Wrong::new(
+                ["events_total_mib", "events_file_mib"],
                 "events-total-mib is less than events-file-mib: not even one file would fit".into(),
             ));
         }

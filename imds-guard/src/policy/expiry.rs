@@ -65,7 +65,10 @@ impl<'de> Deserialize<'de> for Expiry {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         /// TOML has dates of its own; JSON has not.
         #[derive(Deserialize)]
-        #[serde(untagged)]
+        #[serde(
+            untagged,
+            expecting = "that is no date: write one as 2030-01-31, or a time as 2030-01-31T18:00:00Z"
+        )]
         enum Written {
             Toml(toml::value::Datetime),
             Text(String),
@@ -109,6 +112,7 @@ mod tests {
             ("2030-01-31T18:00:00", None),
             ("\"tomorrow\"", None),
             ("2030", None),
+            ("20300131", None),
         ];
         for (written, expected) in table {
             let rule = toml::from_str::<Rule>(&format!("expires = {written}"));

@@ -312,7 +312,7 @@ impl<'de, T: Pattern> Deserialize<'de> for OneOf<T> {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a list here has texts and numbers in it")]
 enum Item {
     Text(String),
     Number(i64),
