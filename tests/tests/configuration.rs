@@ -2,10 +2,19 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command};
 
-use imds_guard::{config, policy::Mode};
-use imds_guard_tests::{Sandbox, run};
+use imds_guard::{
+    config,
+    lab::{Guard, Place},
+    policy::Mode,
+    record::Change,
+};
+use imds_guard_tests::{Sandbox, lab, run};
+use serde_json::Value;
 
-use crate::GUARD;
+use crate::{
+    GUARD,
+    live::{DENY, status, v1},
+};
 
 /// A directory with a configuration file, which goes with the test.
 struct Files(PathBuf);
@@ -266,6 +275,121 @@ fn e1_a_configuration_that_others_can_write_is_refused() {
         .arg(&files.0));
     let said = String::from_utf8_lossy(&mounted.stderr).into_owned();
     assert!(mounted.status.success(), "{said}");
+}
+
+/// D4: whatever is wrong with the new configuration, the old one stays.
+#[test]
+fn d4_a_broken_configuration_changes_nothing() {
+    let sandbox = Sandbox::configured(GUARD, &format!("mode = 'enforce'\n{DENY}"));
+    let half = &DENY[..DENY.len() - 4];
+    let broken = [
+        ("half written", half.as_bytes().to_vec(), ":4:"),
+        (
+            "no text",
+            vec![0xff, 0xfe, b'\n', 0],
+            ":1:1: that is not UTF-8",
+        ),
+        (
+            "a key of that name",
+            b"mod = 'audit'".to_vec(),
+            "did you mean `mode`?",
+        ),
+        ("huge", vec![b'#'; 17 << 20], "more than 16777216 bytes"),
+        ("deep", "[".repeat(100_000).into_bytes(), ":1:"),
+        (
+            "a rule without effect",
+            b"[[rule]]\nname = 'x'".to_vec(),
+            "it changes nothing",
+        ),
+        (
+            "namesakes",
+            [DENY, DENY].concat().into_bytes(),
+            ":6:8: rule \"nobody\" has a namesake",
+        ),
+    ];
+    for (what, text, expected) in broken {
+        let (file, new) = (
+            sandbox.lab.config(),
+            sandbox.lab.config().with_extension("new"),
+        );
+        fs::write(&new, text).unwrap();
+        fs::rename(&new, &file).unwrap();
+        let change = sandbox.change();
+        assert_eq!(
+            (change.change, change.mode),
+            (Change::Rejected, Mode::Enforce),
+            "{what}"
+        );
+        assert_eq!(change.rules, 1, "{what}");
+        let error = change.error.unwrap();
+        assert!(
+            error.contains("config.toml") && error.contains(expected),
+            "{what}: {error}"
+        );
+        let told = sandbox.try_to_tell(GUARD, &["reload"]);
+        assert_eq!(told.status.code(), Some(23));
+        let said = String::from_utf8_lossy(&told.stderr).into_owned();
+        assert!(said.contains(expected), "{what}: {said}");
+        assert_eq!(sandbox.change().change, Change::Rejected);
+        assert_eq!(v1(&sandbox), 403, "{what}");
+        assert_eq!(sandbox.request().rule.as_deref(), Some("nobody"));
+        let rejected = &status(&sandbox)["guard"]["rejected"];
+        assert!(
+            rejected.as_str().unwrap().contains(expected),
+            "{what}: {rejected}"
+        );
+    }
+    sandbox.configure("mode = 'audit'");
+    assert_eq!(sandbox.change().change, Change::Reloaded);
+    assert_eq!(status(&sandbox)["guard"]["rejected"], Value::Null);
+}
+
+/// D4: a file that goes is no empty one, though the guard would start without it.
+#[test]
+fn d4_a_configuration_that_vanishes_changes_nothing() {
+    let lab = lab();
+    // Where it is looked for unless told otherwise, as the guard alone sees it.
+    let etc = std::env::temp_dir().join(format!("imds-guard-{}-etc", std::process::id()));
+    let (file, drop_in) = (
+        etc.join("imds-guard/config.toml"),
+        etc.join("imds-guard/conf.d/50-rules.toml"),
+    );
+    fs::create_dir_all(drop_in.parent().unwrap()).unwrap();
+    fs::write(&file, "mode = 'enforce'").unwrap();
+    fs::write(&drop_in, DENY).unwrap();
+    let mut command = lab.command(Place::Guard, "unshare");
+    let script = "mount --bind \"$0\" /etc && exec \"$@\"";
+    command
+        .args(["--mount", "sh", "-c", script])
+        .arg(&etc)
+        .arg(GUARD);
+    let mut arguments = lab.guard_arguments();
+    let config = arguments.iter().position(|it| it == "--config").unwrap();
+    arguments.drain(config..config + 2);
+    let guard = Guard::spawn(command.args(arguments)).unwrap();
+    let sandbox = Sandbox { guard, lab };
+
+    fs::remove_file(&file).unwrap();
+    let change = sandbox.change();
+    assert_eq!(
+        (change.change, change.mode, change.rules),
+        (Change::Rejected, Mode::Enforce, 1)
+    );
+    let error = change.error.unwrap();
+    assert!(
+        error.contains("/etc/imds-guard/config.toml: No such file"),
+        "{error}"
+    );
+    assert_eq!(v1(&sandbox), 403);
+    assert_eq!(sandbox.request().rule.as_deref(), Some("nobody"));
+    // Those of conf.d may go.
+    fs::write(&file, "mode = 'enforce'\nhop_limit = 2").unwrap();
+    assert_eq!(sandbox.change().change, Change::Reloaded);
+    fs::remove_file(&drop_in).unwrap();
+    let change = sandbox.change();
+    assert_eq!((change.change, change.rules), (Change::Reloaded, 0));
+    assert_eq!(v1(&sandbox), 401);
+    fs::remove_dir_all(&etc).unwrap();
 }
 
 /// The published files are those of the program.

@@ -14,22 +14,23 @@ use std::{
 use imds_guard::{
     lab::{Guard, Place},
     policy::{Mode, Reason, Verdict},
-    record::Change,
+    record::{Change, Kind},
 };
 use imds_guard_tests::{Sandbox, lab, run};
+use jiff::{Timestamp, ToSpan as _, tz::TimeZone};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::{ADDRESSES, GUARD, INSTANCE_ID_PATH};
 
-const DENY: &str = "[[rule]]\nname = 'nobody'\npath = 'meta-data'\naction = 'deny'\n";
+pub const DENY: &str = "[[rule]]\nname = 'nobody'\npath = 'meta-data'\naction = 'deny'\n";
 
-fn v1(sandbox: &Sandbox) -> u16 {
+pub fn v1(sandbox: &Sandbox) -> u16 {
     let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
     sandbox.curl(Place::Host, &[url]).status
 }
 
-fn status(sandbox: &Sandbox) -> Value {
+pub fn status(sandbox: &Sandbox) -> Value {
     serde_json::from_str(&sandbox.tell(GUARD, &["status", "--json"])).unwrap()
 }
 
@@ -90,121 +91,6 @@ fn a_configuration_is_read_again_when_told() {
     let change = sandbox.change();
     assert_eq!(change.by.unwrap().uid, 0);
     assert_eq!(change.needs_restart, ["link"]);
-}
-
-/// D4: whatever is wrong with the new configuration, the old one stays.
-#[test]
-fn d4_a_broken_configuration_changes_nothing() {
-    let sandbox = Sandbox::configured(GUARD, &format!("mode = 'enforce'\n{DENY}"));
-    let half = &DENY[..DENY.len() - 4];
-    let broken = [
-        ("half written", half.as_bytes().to_vec(), ":4:"),
-        (
-            "no text",
-            vec![0xff, 0xfe, b'\n', 0],
-            ":1:1: that is not UTF-8",
-        ),
-        (
-            "a key of that name",
-            b"mod = 'audit'".to_vec(),
-            "did you mean `mode`?",
-        ),
-        ("huge", vec![b'#'; 17 << 20], "more than 16777216 bytes"),
-        ("deep", "[".repeat(100_000).into_bytes(), ":1:"),
-        (
-            "a rule without effect",
-            b"[[rule]]\nname = 'x'".to_vec(),
-            "it changes nothing",
-        ),
-        (
-            "namesakes",
-            [DENY, DENY].concat().into_bytes(),
-            ":6:8: rule \"nobody\" has a namesake",
-        ),
-    ];
-    for (what, text, expected) in broken {
-        let (file, new) = (
-            sandbox.lab.config(),
-            sandbox.lab.config().with_extension("new"),
-        );
-        fs::write(&new, text).unwrap();
-        fs::rename(&new, &file).unwrap();
-        let change = sandbox.change();
-        assert_eq!(
-            (change.change, change.mode),
-            (Change::Rejected, Mode::Enforce),
-            "{what}"
-        );
-        assert_eq!(change.rules, 1, "{what}");
-        let error = change.error.unwrap();
-        assert!(
-            error.contains("config.toml") && error.contains(expected),
-            "{what}: {error}"
-        );
-        let told = sandbox.try_to_tell(GUARD, &["reload"]);
-        assert_eq!(told.status.code(), Some(23));
-        let said = String::from_utf8_lossy(&told.stderr).into_owned();
-        assert!(said.contains(expected), "{what}: {said}");
-        assert_eq!(sandbox.change().change, Change::Rejected);
-        assert_eq!(v1(&sandbox), 403, "{what}");
-        assert_eq!(sandbox.request().rule.as_deref(), Some("nobody"));
-        let rejected = &status(&sandbox)["guard"]["rejected"];
-        assert!(
-            rejected.as_str().unwrap().contains(expected),
-            "{what}: {rejected}"
-        );
-    }
-    sandbox.configure("mode = 'audit'");
-    assert_eq!(sandbox.change().change, Change::Reloaded);
-    assert_eq!(status(&sandbox)["guard"]["rejected"], Value::Null);
-}
-
-/// D4: a file that goes is no empty one, though the guard would start without it.
-#[test]
-fn d4_a_configuration_that_vanishes_changes_nothing() {
-    let lab = lab();
-    // Where it is looked for unless told otherwise, as the guard alone sees it.
-    let etc = std::env::temp_dir().join(format!("imds-guard-{}-etc", std::process::id()));
-    let (file, drop_in) = (
-        etc.join("imds-guard/config.toml"),
-        etc.join("imds-guard/conf.d/50-rules.toml"),
-    );
-    fs::create_dir_all(drop_in.parent().unwrap()).unwrap();
-    fs::write(&file, "mode = 'enforce'").unwrap();
-    fs::write(&drop_in, DENY).unwrap();
-    let mut command = lab.command(Place::Guard, "unshare");
-    let script = "mount --bind \"$0\" /etc && exec \"$@\"";
-    command
-        .args(["--mount", "sh", "-c", script])
-        .arg(&etc)
-        .arg(GUARD);
-    let mut arguments = lab.guard_arguments();
-    let config = arguments.iter().position(|it| it == "--config").unwrap();
-    arguments.drain(config..config + 2);
-    let guard = Guard::spawn(command.args(arguments)).unwrap();
-    let sandbox = Sandbox { guard, lab };
-
-    fs::remove_file(&file).unwrap();
-    let change = sandbox.change();
-    assert_eq!(
-        (change.change, change.mode, change.rules),
-        (Change::Rejected, Mode::Enforce, 1)
-    );
-    let error = change.error.unwrap();
-    assert!(
-        error.contains("/etc/imds-guard/config.toml: No such file"),
-        "{error}"
-    );
-    assert_eq!(v1(&sandbox), 403);
-    assert_eq!(sandbox.request().rule.as_deref(), Some("nobody"));
-    // Those of conf.d may go.
-    fs::write(&file, "mode = 'enforce'\nhop_limit = 2").unwrap();
-    assert_eq!(sandbox.change().change, Change::Reloaded);
-    fs::remove_file(&drop_in).unwrap();
-    let change = sandbox.change();
-    assert_eq!((change.change, change.rules), (Change::Reloaded, 0));
-    assert_eq!(v1(&sandbox), 401);
-    fs::remove_dir_all(&etc).unwrap();
 }
 
 /// D5: a request ends under the rules that it was judged by; the next one on the same connection is
@@ -490,6 +376,69 @@ fn status_and_events_show_what_happened() {
     ] {
         assert!(text.contains(words), "{words}: {text}");
     }
+}
+
+#[test]
+fn status_is_shown_again_and_again() {
+    let sandbox = Sandbox::configured(GUARD, "");
+    let mut watch = sandbox
+        .lab
+        .command(Place::Guard, GUARD)
+        .args(["status", "--watch"])
+        .env("IMDS_GUARD_RUN_DIR", sandbox.lab.run_dir())
+        .env("IMDS_GUARD_PINS", sandbox.lab.pins())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut shows = |words: &str| {
+        let line = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains(words)));
+        assert!(line.is_some(), "{words} is never shown");
+    };
+    shows("mode        audit");
+    sandbox.tell(GUARD, &["mode", "enforce"]);
+    shows("mode        enforce");
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+}
+
+/// Before an exception ends, whoever answers for it is told.
+#[test]
+fn it_is_said_a_week_before_that_a_rule_expires() {
+    let today = Timestamp::now().to_zoned(TimeZone::UTC).date();
+    let rule = |name: &str, days: i64| {
+        let day = today.checked_add(days.days()).unwrap();
+        format!(
+            "[[rule]]\nname = '{name}'\nowner = 'team {name}'\nexpires = {day}\naction = 'allow'\n"
+        )
+    };
+    let config = [rule("over", -1), rule("soon", 3), rule("later", 30)].concat();
+    let (mut said, writer) = std::io::pipe().unwrap();
+    let lab = lab();
+    fs::write(lab.config(), config).unwrap();
+    let mut command = lab.guard_command(GUARD);
+    let guard = Guard::spawn(command.env("RUST_LOG", "warn").stderr(writer)).unwrap();
+    drop(command);
+    let (events, _lab) = Sandbox { guard, lab }.stop();
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut said, &mut text).unwrap();
+    let lines: Vec<&str> = text
+        .lines()
+        .filter(|line| line.contains("expire"))
+        .collect();
+    let day = |days: i64| today.checked_add(days.days()).unwrap();
+    let expected = [
+        format!("rule \"over\" has expired ({}; team over)", day(-1)),
+        format!("rule \"soon\" expires soon ({}; team soon)", day(3)),
+    ];
+    assert_eq!(lines.len(), 2, "{text}");
+    for (line, expected) in lines.iter().zip(&expected) {
+        assert!(line.contains(expected), "{expected}: {text}");
+    }
+    let expired = events
+        .iter()
+        .filter(|event| matches!(event.kind, Kind::RuleExpired(_)));
+    assert_eq!(expired.count(), 1, "{events:?}");
 }
 
 #[test]

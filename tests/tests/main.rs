@@ -26,6 +26,7 @@ mod logs;
 mod outputs;
 mod redirect;
 mod rules;
+mod selectors;
 mod story;
 mod strict;
 mod tokens;

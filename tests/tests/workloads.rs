@@ -224,7 +224,7 @@ fn rules_on_pods_follow_what_kubernetes_says() {
              [[rule]]
              name = 'shop'
              namespace = 'shop'
-             service_account = 'w*'
+             service_account = '!default'
              imds = 'v1'
              action = 'allow'",
             kubeconfig.display()
@@ -300,6 +300,12 @@ fn rules_on_pods_follow_what_kubernetes_says() {
     api.tell("ADDED", &pod(1, "shop", "front"));
     until(Reason::Rule, &shop);
     assert_eq!(v1(&shop).0, "200");
+    let mut as_default = pod(1, "shop", "front");
+    as_default["spec"]["serviceAccountName"] = json!("default");
+    api.tell("MODIFIED", &as_default);
+    until(Reason::NoToken, &shop);
+    api.tell("MODIFIED", &pod(1, "shop", "front"));
+    until(Reason::Rule, &shop);
     // Without it, what is known stays known.
     drop(api);
     assert_eq!(v1(&shop).0, "200");
