@@ -72,6 +72,7 @@ pub struct Candidates(Vec<Candidate>);
 struct Candidate {
     rule: u32,
     is_certain: bool,
+    is_about_requests: bool,
 }
 
 /// A decision, and the rule behind it.
@@ -106,8 +107,7 @@ impl Policy {
             )
         };
         let about_callers = candidates.0.iter().filter(|candidate| {
-            let rule = self.rules.get(candidate);
-            !rule.is_about_requests() && rule.holds(now)
+            !candidate.is_about_requests && self.rules.get(candidate).holds(now)
         });
         let certain = about_callers.clone().find(|it| it.is_certain);
         let (mut hop_limit, mut token_binding) = of_rule(certain.map(|it| self.rules.get(it)));
@@ -270,12 +270,14 @@ impl Rules {
                 Fit::Unknown => false,
                 Fit::Yes => true,
             };
+            let is_about_requests = rule.is_about_requests();
             candidates.push(Candidate {
                 rule: number,
                 is_certain,
+                is_about_requests,
             });
             // No request gets past this one.
-            if is_certain && !rule.is_about_requests() && rule.expires.is_none() {
+            if is_certain && !is_about_requests && rule.expires.is_none() {
                 break;
             }
         }

@@ -580,8 +580,9 @@ proptest! {
         let mut expected = Vec::new();
         for (number, rule) in (0..).zip(rules.list()) {
             if rule.fits(&subject) == Fit::Yes {
-                expected.push(Candidate { rule: number, is_certain: true });
-                if !rule.is_about_requests() {
+                let is_about_requests = rule.is_about_requests();
+                expected.push(Candidate { rule: number, is_certain: true, is_about_requests });
+                if !is_about_requests {
                     break;
                 }
             }
