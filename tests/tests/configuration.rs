@@ -195,6 +195,16 @@ fn d4_a_bad_file_is_named_with_its_place() {
     assert!(said.contains("command line: endpoint 0.0.0.0:80"), "{said}");
     let (_, _, said) = files.config("check", &[], &[("IMDS_GUARD_ENDPOINT", "0.0.0.0:80")]);
     assert!(said.contains("IMDS_GUARD_ENDPOINT: endpoint"), "{said}");
+    let pods = "[[rule]]\nname = 'pods'\nnamespace = 'a'\naction = 'deny'";
+    for (node, warns) in [("", true), ("kubernetes_node = 'n'\n", false)] {
+        files.write("config.toml", &format!("{node}{pods}"));
+        let (code, said, _) = files.config("check", &[], &[]);
+        assert_eq!(
+            (code, said.contains("kubernetes_node is not given")),
+            (0, warns),
+            "{said}"
+        );
+    }
     let config = files.write("config.toml", "");
     std::os::unix::fs::chown(&config, Some(65534), None).unwrap();
     assert!(

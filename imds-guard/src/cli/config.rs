@@ -56,6 +56,9 @@ pub fn main(arguments: &Arguments, matches: &ArgMatches) -> Result<ExitCode, Fai
                 false => println!("{}: valid", files.join(", ")),
             }
             println!("{} mode, {} rules", settings.policy.mode, rules.len());
+            if let Some(warning) = settings.workloads.warning(&settings.policy.rules) {
+                println!("{warning}");
+            }
             let now = jiff::Timestamp::now();
             for rule in rules.iter().filter(|rule| !rule.holds(now)) {
                 println!("rule \"{}\" has expired", rule.name);

@@ -75,6 +75,7 @@ impl Steering {
             noticed: HashMap::new(),
         };
         steering.stand(None, Vec::new());
+        steering.warn();
         steering
     }
 
@@ -156,6 +157,7 @@ impl Steering {
             .map_err(|error| error.to_string())?;
         self.configuration = Configuration { keys, ..read };
         self.settings = settings;
+        self.warn();
         self.enforce(control);
         self.stand(None, needs_restart);
         log::info!("the configuration was read again: {} rules", self.rules());
@@ -292,6 +294,12 @@ impl Steering {
             }
         }
         self.notice_expiry();
+    }
+
+    fn warn(&self) {
+        if let Some(warning) = self.settings.workloads.warning(&self.settings.policy.rules) {
+            log::warn!("{warning}");
+        }
     }
 
     fn reject(&self, by: Option<By>, error: &Failure) -> String {

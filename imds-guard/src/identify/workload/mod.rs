@@ -14,7 +14,10 @@ use std::{
 
 use tokio::sync::{Semaphore, watch};
 
-use crate::policy::caller::{Container, Pod, Runtime};
+use crate::policy::{
+    Rules,
+    caller::{Container, Pod, Runtime},
+};
 pub use kubernetes::Kubernetes;
 use kubernetes::Pods;
 
@@ -52,6 +55,20 @@ impl Default for Sources {
             containers_storage: "/run/containers/storage".into(),
             kubernetes: None,
         }
+    }
+}
+
+impl Sources {
+    /// What is to be said of rules that nobody can answer.
+    #[must_use]
+    pub fn warning(&self, rules: &Rules) -> Option<String> {
+        let mut about_pods = rules.list().iter().filter(|rule| rule.needs_pod());
+        let rule = about_pods.next().filter(|_| self.kubernetes.is_none())?;
+        Some(format!(
+            "rule \"{}\" asks for what only Kubernetes knows, and kubernetes_node is not given: of callers in \
+             pods it is never known whether it matches",
+            rule.name
+        ))
     }
 }
 
