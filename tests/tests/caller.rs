@@ -2,6 +2,7 @@
 
 use std::{
     os::unix::fs::MetadataExt as _,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -113,7 +114,9 @@ fn containers_units_and_threads_are_told_apart() {
 
 #[test]
 fn a_caller_that_is_gone_is_not_guessed() {
-    let sandbox = Sandbox::new(GUARD, &["--mode", "audit"]);
+    // What the kernel's numbers tell is known, and rules on that hold, in audit mode, too.
+    let rule = "[[rule]]\nname = 'a'\ncgroup = '**/host'\naction = 'deny'";
+    let sandbox = Sandbox::configured(GUARD, &format!("mode = 'audit'\n{rule}"));
     let script = format!(
         "import socket, os\n\
          s = socket.socket()\n\
@@ -128,7 +131,9 @@ fn a_caller_that_is_gone_is_not_guessed() {
     let pid: u32 = client.go().parse().unwrap();
     sandbox.guard.signal(Signal::SIGCONT).unwrap();
 
-    let caller = sandbox.caller();
+    let event = sandbox.request();
+    assert_eq!(event.rule.as_deref(), Some("a"));
+    let caller = Arc::unwrap_or_clone(event.caller);
     assert_eq!(
         (caller.pid, caller.uid),
         (pid, 0),
@@ -137,47 +142,62 @@ fn a_caller_that_is_gone_is_not_guessed() {
     assert!(caller.comm.starts_with("python"), "{}", caller.comm);
     assert!(!caller.resolved);
     assert_eq!(caller.unresolved, Some(Unresolved::Gone));
-    assert_eq!(
-        (caller.exe, caller.command_line, caller.cgroup),
-        (None, None, None)
-    );
+    assert_eq!((caller.exe, caller.command_line), (None, None));
+    let cgroup = caller.cgroup.unwrap();
+    assert!(cgroup.ends_with("/host"), "{cgroup}");
+    // With hierarchies of cgroup v1, it may be in a container by one of these.
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+    let named = own.lines().all(|line| line.starts_with("0::"));
+    assert_eq!(caller.user.is_some(), named);
 }
 
+/// C8: a process whose main thread has ended looks as if it were gone, and can still ask: it is known by the
+/// thread that does.
 #[test]
-fn command_lines_are_recorded_as_configured() {
-    let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
-    let arguments = [
-        "curl",
-        "-s",
-        "-H",
-        "X-aws-ec2-metadata-token: tell-nobody",
-        &url,
+fn c8_a_process_without_its_main_thread_is_known_all_the_same() {
+    let rules = [
+        ("unit", "systemd_unit = 'headless.service'"),
+        ("container", &format!("container_id = '{CONTAINER}'")),
+        ("cgroup", "cgroup = '**/headless'"),
+        ("user", "user = 'nobody'"),
+        ("program", "exe = '/**/python3*'"),
     ];
+    let rules = rules.map(|(name, selector)| {
+        format!("[[rule]]\nname = '{name}'\n{selector}\naction = 'deny'\n")
+    });
+    let script = format!(
+        "import ctypes, os, socket, threading, time
+if os.getuid() != int(os.environ['AS']): os.setresgid(*[65534] * 3); os.setresuid(*[65534] * 3)
+pid = os.getpid()
+def ask():
+    while open(f'/proc/{{pid}}/stat').read().split(') ')[1][0] != 'Z': time.sleep(.01)
+    s = socket.socket(); s.connect(('169.254.169.254', 80))
+    s.sendall(b'GET {INSTANCE_ID_PATH} HTTP/1.0\\r\\n\\r\\n')
+    print(s.recv(4096).split()[1].decode(), flush=True)
+    os._exit(0)
+threading.Thread(target=ask).start()
+ctypes.CDLL(None).syscall(60 if os.uname().machine == 'x86_64' else 93, 0)"
+    );
+    let container = format!("docker-{CONTAINER}.scope");
     let table = [
-        ("full", Some(arguments.map(str::to_owned).to_vec())),
-        ("off", None),
-        (
-            "redacted",
-            Some(
-                [
-                    "curl",
-                    "-s",
-                    "-H",
-                    "X-aws-ec2-metadata-token: [redacted]",
-                    &url,
-                ]
-                .map(str::to_owned)
-                .to_vec(),
-            ),
-        ),
+        ("headless.service", "0", "unit"),
+        (&container, "0", "container"),
+        ("headless", "0", "cgroup"),
+        ("other", "65534", "user"),
+        ("another", "0", "program"),
     ];
-    for (setting, expected) in table {
-        let sandbox = Sandbox::new(GUARD, &["--command-lines", setting]);
-        run(sandbox
-            .lab
-            .command(Place::Host, arguments[0])
-            .args(&arguments[1..]));
-        assert_eq!(sandbox.caller().command_line, expected, "{setting}");
+    let config = format!("mode = 'audit'\n{}", rules.concat());
+    let sandbox = Sandbox::configured(GUARD, &config);
+    for (name, user, rule) in table {
+        let room = sandbox.lab.add_room(Place::Host, name).unwrap();
+        let mut command = room.command(python());
+        let output = run(command.args(["-c", &script]).env("AS", user));
+        assert!(!output.stdout.is_empty(), "{output:?}");
+        let event = sandbox.request();
+        let caller = &event.caller;
+        assert!(caller.resolved && caller.pid != caller.tid, "{caller:?}");
+        assert_eq!(event.rule.as_deref(), Some(rule), "{caller:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "403");
     }
 }
 

@@ -131,6 +131,9 @@ impl Resolver {
             Err(why) => caller.unresolved = Some(*why),
         }
         caller.resolved = caller.unresolved.is_none();
+        if caller.cgroup.is_none() && caller.unresolved != Some(Unresolved::KernelThread) {
+            self.place_by_number(&mut caller).await;
+        }
         caller.missing = Missing {
             exe: caller.missing.exe,
             ancestors: !caller.parents.is_empty(),
@@ -139,7 +142,8 @@ impl Resolver {
             pod: caller.pod_uid.is_some(),
         };
         let wanted = wanted(&caller);
-        self.look_up(&mut caller, wanted, wait).await;
+        let open = process.as_deref().ok();
+        self.look_up(&mut caller, open, (wanted, wait)).await;
         // All of the above was read through one handle, which the kernel ties to one process; if
         // that has ended meanwhile, part of it may be missing.
         if !process.is_ok_and(|process| process.is_alive()) {
@@ -251,7 +255,7 @@ impl Resolver {
         caller.login = process.login().and_then(|uid| self.login_name(uid));
         caller.login_session = process.login_session();
         match process.cgroup() {
-            Ok(cgroup) => self.place(caller, cgroup),
+            Ok(cgroup) => self.place(caller, cgroup, true),
             Err(why) => caller.unresolved = Some(why),
         }
         let unit = caller.systemd_unit.as_deref();
@@ -267,14 +271,27 @@ impl Resolver {
         }
     }
 
-    /// What the cgroup tells.
-    fn place(&self, caller: &mut Caller, cgroup: Cgroups) {
+    /// What the kernel's number of the cgroup tells, where the process itself cannot be asked. Only what is
+    /// found that way is known: what is not may be in a hierarchy of cgroup v1.
+    async fn place_by_number(&self, caller: &mut Caller) {
+        let (hierarchy, id) = (Arc::clone(&self.hierarchy), caller.cgroup_id);
+        let path = self.in_time(caller, move || hierarchy.path(id)).await;
+        if let Some(path) = path.flatten() {
+            let own = std::fs::read_to_string(self.proc.join("self/cgroup"));
+            let is_all = own.is_ok_and(|own| own.lines().all(|line| line.starts_with("0::")));
+            self.place(caller, Cgroups::of_path(&path), is_all);
+        }
+    }
+
+    /// What the cgroup tells. Users are named only if that is all there is to know of it, as it may be a
+    /// container's otherwise, which has users of its own.
+    fn place(&self, caller: &mut Caller, cgroup: Cgroups, is_all: bool) {
         caller.systemd_unit = cgroup.systemd_unit();
         let container = cgroup.container();
         caller.container_id = container.id;
         caller.container_runtime = container.runtime;
         caller.pod_uid = container.pod_uid;
-        if caller.container_id.is_none() || cgroup.is_of_user() {
+        if is_all && (caller.container_id.is_none() || cgroup.is_of_user()) {
             caller.user = self.users.name(caller.uid);
             caller.group = self.groups.name(caller.gid);
         }
@@ -282,7 +299,12 @@ impl Resolver {
     }
 
     /// Finds out what is not in `/proc`.
-    async fn look_up(&self, caller: &mut Caller, wanted: Missing, wait: Wait) {
+    async fn look_up(
+        &self,
+        caller: &mut Caller,
+        process: Option<&Process>,
+        (wanted, wait): (Missing, Wait),
+    ) {
         let wait_for = |wanted| if wanted { wait } else { Wait::No };
         if let Some(id) = &caller.container_id {
             let (runtime, wait) = (caller.container_runtime, wait_for(wanted.container));
@@ -297,7 +319,10 @@ impl Resolver {
             let (proc, mut parents) = (self.proc.clone(), caller.parents.clone());
             let verify = move || {
                 for parent in &mut parents {
-                    let is_hosts = |exe: &String| program::is_hosts(&proc, parent.pid, exe);
+                    let is_hosts = |exe: &String| {
+                        let pid = i32::try_from(parent.pid);
+                        pid.is_ok_and(|pid| program::is_hosts(&proc, pid, exe))
+                    };
                     parent.exe_verified = parent.exe.as_ref().is_some_and(is_hosts);
                 }
                 parents
@@ -307,8 +332,10 @@ impl Resolver {
                 caller.missing.ancestors = false;
             }
         }
-        if wanted.sha256 {
-            let (proc, pid) = (self.proc.clone(), caller.pid);
+        if let Some(process) = process
+            && wanted.sha256
+        {
+            let (proc, pid) = (self.proc.clone(), process.number());
             let program = self
                 .in_time(caller, move || program::open(&proc, pid))
                 .await;
@@ -324,7 +351,7 @@ impl Resolver {
     async fn read_files(&self, caller: &mut Caller, process: &Arc<Process>) -> Option<Vec<String>> {
         let verified = Arc::new(OnceLock::new());
         let read = {
-            let (proc, pid, exe) = (self.proc.clone(), caller.pid, caller.exe.clone());
+            let (proc, pid, exe) = (self.proc.clone(), process.number(), caller.exe.clone());
             let (process, verified) = (Arc::clone(process), Arc::clone(&verified));
             let reads_more = self.command_lines != CommandLines::Off;
             move || {

@@ -46,20 +46,31 @@ impl Process {
     /// # Errors
     /// It is gone, or its pid now belongs to a process that started only after the connection.
     pub fn open(proc: &Path, origin: &Origin) -> Result<Self, Unresolved> {
+        let is_younger = |stat: &Stat| since_boot(stat) > i128::from(origin.connected_at);
         let (inner, stat) = open(proc, origin.pid)?;
         // Start times are rounded down to a clock tick, so a process that connected never seems
         // to have started later.
-        let started = SignedDuration::from_nanos_i128(since_boot(&stat));
-        if started > SignedDuration::from_nanos_i128(origin.connected_at.into()) {
+        if is_younger(&stat) {
             return Err(Unresolved::PidReused);
         }
         if stat.flags & PF_KTHREAD != 0 {
             return Err(Unresolved::KernelThread);
         }
-        if has_ended(&stat) {
+        if !has_ended(&stat) {
+            return Ok(Self { inner, stat });
+        }
+        // Its main thread may have ended alone: the one that connected shows the same process.
+        let threads = proc.join(origin.pid.to_string()).join("task");
+        let (inner, stat) = open(&threads, origin.tid)?;
+        if has_ended(&stat) || is_younger(&stat) {
             return Err(Unresolved::Gone);
         }
         Ok(Self { inner, stat })
+    }
+
+    /// Number under which `/proc` has it, or its thread.
+    pub fn number(&self) -> i32 {
+        self.stat.pid
     }
 
     /// Whether it has not ended since it was opened.
@@ -104,15 +115,15 @@ impl Process {
 
     /// User id of the login it is in, whoever it has become since (`/proc/PID/loginuid`).
     pub fn login(&self) -> Option<u32> {
-        self.number("loginuid")
+        self.read_number("loginuid")
     }
 
     /// Number of that login (`/proc/PID/sessionid`).
     pub fn login_session(&self) -> Option<u32> {
-        self.number("sessionid").filter(|id| *id != u32::MAX)
+        self.read_number("sessionid").filter(|id| *id != u32::MAX)
     }
 
-    fn number(&self, file: &str) -> Option<u32> {
+    fn read_number(&self, file: &str) -> Option<u32> {
         let mut text = String::new();
         let mut file = self.inner.open_relative(file).ok()?;
         file.read_to_string(&mut text).ok()?;

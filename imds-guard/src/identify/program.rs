@@ -38,7 +38,7 @@ const FAILED: Duration = Duration::from_secs(10);
 /// Whether the host has the file that a process runs under this name. The name is the process's view,
 /// in which it can mount anything anywhere; device and inode are the kernel's. May block: file and name can
 /// be in a file system that does not answer.
-pub fn is_hosts(proc: &Path, pid: u32, name: &str) -> bool {
+pub fn is_hosts(proc: &Path, pid: i32, name: &str) -> bool {
     let Ok(running) = fs::metadata(proc.join(pid.to_string()).join("exe")) else {
         return false;
     };
@@ -80,7 +80,7 @@ pub struct Program {
 }
 
 /// The file that a process runs, unless it is too large. May block, as [`is_hosts`].
-pub fn open(proc: &Path, pid: u32) -> Option<Program> {
+pub fn open(proc: &Path, pid: i32) -> Option<Program> {
     let exe = proc.join(pid.to_string()).join("exe");
     if fs::metadata(&exe).ok()?.len() > MAX_BYTES {
         return None;
