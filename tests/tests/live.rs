@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Write as _},
     os::unix::{
-        fs::{MetadataExt as _, PermissionsExt as _},
+        fs::{MetadataExt as _, PermissionsExt as _, symlink},
         net::UnixStream,
     },
     thread,
@@ -21,7 +21,7 @@ use jiff::{Timestamp, ToSpan as _, tz::TimeZone};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::{ADDRESSES, GUARD, INSTANCE_ID_PATH};
+use crate::{ADDRESSES, GUARD, INSTANCE_ID_PATH, logs::Folder};
 
 pub const DENY: &str = "[[rule]]\nname = 'nobody'\npath = 'meta-data'\naction = 'deny'\n";
 
@@ -62,6 +62,36 @@ fn a_configuration_takes_effect_when_its_file_changes() {
         (Reason::Rule, Some("nobody"))
     );
     assert_eq!(status(&sandbox)["on_failure"], "open");
+}
+
+/// A rule may name a program by a link: whither that leads is looked up whenever the configuration is read.
+#[test]
+fn links_in_rules_are_followed_anew() {
+    let folder = Folder::new("links");
+    let at = |name: &str| folder.path().join(name);
+    for name in ["one", "two"] {
+        fs::copy("/usr/bin/curl", at(name)).unwrap();
+    }
+    symlink(at("one"), at("link")).unwrap();
+    let config = format!(
+        "mode = 'enforce'\n[[rule]]\nname = 'a'\nexe = '{}'\nimds = 'v1'\naction = 'allow'\n",
+        at("link").display()
+    );
+    let sandbox = Sandbox::configured(GUARD, &config);
+    let granted = || {
+        ["one", "two"].map(|name| {
+            let url = format!("http://{}{INSTANCE_ID_PATH}", ADDRESSES[0]);
+            let mut command = sandbox.lab.command(Place::Host, at(name));
+            run(command.args(["-s", "-o", "/dev/null", &url]));
+            sandbox.request().rule.is_some()
+        })
+    };
+    assert_eq!(granted(), [true, false]);
+    fs::remove_file(at("link")).unwrap();
+    symlink(at("two"), at("link")).unwrap();
+    sandbox.guard.signal(Signal::SIGHUP).unwrap();
+    assert_eq!(sandbox.change().change, Change::Reloaded);
+    assert_eq!(granted(), [false, true]);
 }
 
 #[test]

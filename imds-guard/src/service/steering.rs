@@ -126,7 +126,9 @@ impl Steering {
             Ok(read) => read,
             Err(error) => return Err(self.reject(by, &error)),
         };
-        if by.is_none() && read.keys == self.configuration.keys {
+        // Names of programs may be links that lead elsewhere now.
+        let is_same_rules = settings.policy.rules.list() == self.settings.policy.rules.list();
+        if by.is_none() && read.keys == self.configuration.keys && is_same_rules {
             // A file was touched.
             self.stand(None, self.needs_restart());
             return Ok(Value::Null);
