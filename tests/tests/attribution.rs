@@ -9,11 +9,11 @@ use std::{
 };
 
 use imds_guard::{
-    lab::Place,
+    lab::{Guard, Place},
     policy::{Caller, caller::Via},
     record::Kind,
 };
-use imds_guard_tests::{Sandbox, python, run};
+use imds_guard_tests::{Sandbox, lab, python, run};
 
 use crate::{GUARD, INSTANCE_ID_PATH, logs::Folder};
 
@@ -281,56 +281,33 @@ fn ssh_is_named_as_what_a_caller_came_through() {
     assert!(caller.via.contains(&Via::Ssh), "{caller:?}");
 }
 
-/// A timer of a real systemd, as a user's manager.
+/// A service is started by a timer of its name, or by that of its template, where systemd looks for units.
 #[test]
 fn a_timer_is_named_as_what_started_a_caller() {
-    struct Units(Vec<std::path::PathBuf>);
-    impl Drop for Units {
-        fn drop(&mut self) {
-            for unit in &self.0 {
-                let _gone = fs::remove_file(unit);
-            }
-        }
+    let lab = lab();
+    // For the guard alone, as this host need not have systemd. The last one has the name that is written with
+    // `\x2f`, and is in no folder of units.
+    let units = "mount -t tmpfs tmpfs /run && cd /run && mkdir -p systemd/system systemd/transient etc &&
+        touch systemd/system/backup.timer systemd/system/sync@.timer systemd/transient/once.timer etc/away.timer &&
+        exec \"$@\"";
+    let mut command = lab.command(Place::Guard, "unshare");
+    command.args(["--mount", "sh", "-c", units, "sh", GUARD]);
+    let guard = Guard::spawn(command.args(lab.guard_arguments())).unwrap();
+    let sandbox = Sandbox { guard, lab };
+    for (unit, has_timer) in [
+        ("backup.service", true),
+        ("sync@home.service", true),
+        ("once.service", true),
+        ("other.service", false),
+        ("backup.scope", false),
+        (r"..\x2f..\x2fetc\x2faway.service", false),
+    ] {
+        let room = sandbox.lab.add_room(Place::Host, unit).unwrap();
+        run(room.command("curl").args(["-s", "-o", "/dev/null", &url()]));
+        let caller = sandbox.caller();
+        let is_named = caller.via.contains(&Via::Timer);
+        assert_eq!(is_named, has_timer, "{caller:?}");
     }
-    let sandbox = sandbox();
-    let home = Folder::new("timer");
-    let units = Path::new("/run/user/0/systemd/user");
-    fs::create_dir_all(units).unwrap();
-    let name = format!("imds-guard-test-{}", std::process::id());
-    let unit = |kind: &str, text: &str| {
-        let path = units.join(format!("{name}.{kind}"));
-        fs::write(&path, text).unwrap();
-        path
-    };
-    let ask = format!(
-        "[Service]\nType=oneshot\nExecStart=/usr/bin/curl -s -o /dev/null {}\n",
-        url()
-    );
-    let _units = Units(vec![
-        unit("service", &ask),
-        unit("timer", "[Timer]\nOnActiveSec=50ms\nAccuracySec=1ms\n"),
-        unit("target", &format!("[Unit]\nWants={name}.timer\n")),
-    ]);
-    // It finds the hierarchy where it looks for it; what it makes there is below the lab's cgroup.
-    let script = "mkdir \"$HOME/cgroup\" && mount --bind \"$0\" \"$HOME/cgroup\" && umount -l /sys/fs/cgroup
-        mount --bind \"$HOME/cgroup\" /sys/fs/cgroup && mkdir \"$HOME/user\" && mount --bind /run/user \"$HOME/user\" &&
-        mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system /run/user && mount --bind \"$HOME/user\" /run/user && exec /lib/systemd/systemd --user --unit \"$1\"";
-    let root = imds_guard::kernel::probe::cgroup2_mount().unwrap();
-    let systemd = sandbox
-        .lab
-        .command(Place::Host, "unshare")
-        .args(["--mount", "sh", "-c", script])
-        .arg(root)
-        .arg(format!("{name}.target"))
-        .env("HOME", home.path())
-        .env("XDG_RUNTIME_DIR", "/run/user/0")
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let _systemd = Helper(systemd);
-    let caller = sandbox.caller();
-    assert_eq!(caller.systemd_unit, Some(format!("{name}.service")));
-    assert_eq!(caller.via, [Via::Timer], "{caller:?}");
 }
 
 /// A static program that connects, asks, is answered and ends within a millisecond or so: every one of ten

@@ -56,11 +56,17 @@ impl Cgroups {
         self.paths().find_map(Container::of).unwrap_or_default()
     }
 
-    /// Whether a user's own systemd made it, and named it as the user likes.
+    /// Whether a user's own systemd made it, and named it as the user likes. What is called like one within a
+    /// container was named by the container.
     pub fn is_of_user(&self) -> bool {
         self.paths().any(|path| {
-            path.split('/')
-                .any(|part| part.starts_with("user@") && part.ends_with(".service"))
+            let mut parts = path.split('/');
+            let is_manager = |part: &str| part.starts_with("user@") && part.ends_with(".service");
+            let above: Vec<_> = parts
+                .by_ref()
+                .take_while(|part| !is_manager(part))
+                .collect();
+            above.len() < path.split('/').count() && Container::of(&above.join("/")).is_none()
         })
     }
 
@@ -116,6 +122,8 @@ mod tests {
             ),
             ("0::/user.slice/user-7.slice/session-3.scope", false),
             ("0::/system.slice/docker-{ID}.scope", false),
+            ("0::/system.slice/docker-{ID}.scope/user@0.service", false),
+            ("0::/docker/{ID}/user@0.service/a.scope", false),
         ] {
             let cgroups = Cgroups::parse(&text.replace("{ID}", ID));
             assert_eq!(cgroups.is_of_user(), of_user, "{text}");

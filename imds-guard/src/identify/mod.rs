@@ -258,8 +258,7 @@ impl Resolver {
             Ok(cgroup) => self.place(caller, cgroup, true),
             Err(why) => caller.unresolved = Some(why),
         }
-        let unit = caller.systemd_unit.as_deref();
-        caller.via = via::of(&caller.parents, unit, caller.uid);
+        caller.via = via::of(&caller.parents, caller.systemd_unit.as_deref());
         let command_line = self.read_files(caller, process).await;
         caller.command_line = match self.command_lines {
             CommandLines::Off => None,
@@ -318,18 +317,18 @@ impl Resolver {
         if wanted.ancestors {
             let (proc, mut parents) = (self.proc.clone(), caller.parents.clone());
             let verify = move || {
+                let mut is_known = true;
                 for parent in &mut parents {
-                    let is_hosts = |exe: &String| {
-                        let pid = i32::try_from(parent.pid);
-                        pid.is_ok_and(|pid| program::is_hosts(&proc, pid, exe))
-                    };
-                    parent.exe_verified = parent.exe.as_ref().is_some_and(is_hosts);
+                    let exe = parent.exe.as_deref().zip(i32::try_from(parent.pid).ok());
+                    let is_hosts = exe.map(|(exe, pid)| program::is_hosts(&proc, pid, exe));
+                    is_known &= is_hosts != Some(None);
+                    parent.exe_verified = is_hosts == Some(Some(true));
                 }
-                parents
+                (parents, is_known)
             };
-            if let Some(parents) = self.in_time(caller, verify).await {
+            if let Some((parents, is_known)) = self.in_time(caller, verify).await {
                 caller.parents = parents;
-                caller.missing.ancestors = false;
+                caller.missing.ancestors = !is_known;
             }
         }
         if let Some(process) = process
@@ -355,8 +354,8 @@ impl Resolver {
             let (process, verified) = (Arc::clone(process), Arc::clone(&verified));
             let reads_more = self.command_lines != CommandLines::Off;
             move || {
-                let is_hosts = exe.is_some_and(|exe| program::is_hosts(&proc, pid, &exe));
-                let _once = verified.set(is_hosts);
+                let is_hosts = exe.map(|exe| program::is_hosts(&proc, pid, &exe));
+                let _once = verified.set(is_hosts.unwrap_or(Some(false)));
                 reads_more.then(|| process.command_line()).flatten()
             }
         };
@@ -366,8 +365,9 @@ impl Resolver {
             let longer = PROGRAM_TIMEOUT.saturating_sub(COMMAND_LINE_TIMEOUT);
             command_line = tokio::time::timeout(longer, read).await;
         }
-        caller.exe_verified = verified.get().copied().unwrap_or_default();
-        caller.missing.exe = verified.get().is_none();
+        let is_hosts = verified.get().copied().flatten();
+        caller.exe_verified = is_hosts.unwrap_or_default();
+        caller.missing.exe = is_hosts.is_none();
         command_line.ok()??
     }
 

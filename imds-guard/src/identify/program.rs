@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     fs::{self, File, Metadata},
-    io::{self, Read as _},
+    io::{self, ErrorKind, Read as _},
     os::unix::fs::MetadataExt as _,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
@@ -35,20 +35,28 @@ const REMEMBERED: usize = 1024;
 /// How long it is remembered that a file could not be digested.
 const FAILED: Duration = Duration::from_secs(10);
 
-/// Whether the host has the file that a process runs under this name. The name is the process's view,
-/// in which it can mount anything anywhere; device and inode are the kernel's. May block: file and name can
-/// be in a file system that does not answer.
-pub fn is_hosts(proc: &Path, pid: i32, name: &str) -> bool {
+/// Whether the host has the file that a process runs under this name; `None` if the guard may not look. The
+/// name is the process's view, in which it can mount anything anywhere; device and inode are the kernel's. May
+/// block: file and name can be in a file system that does not answer.
+pub fn is_hosts(proc: &Path, pid: i32, name: &str) -> Option<bool> {
     let Ok(running) = fs::metadata(proc.join(pid.to_string()).join("exe")) else {
-        return false;
+        return Some(false);
     };
-    let same = |at: &Path| {
-        let found = fs::metadata(at);
-        found.is_ok_and(|found| (found.dev(), found.ino()) == (running.dev(), running.ino()))
+    let same = |at: &Path| match fs::metadata(at) {
+        Ok(found) => Some((found.dev(), found.ino()) == (running.dev(), running.ino())),
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => Some(false),
+            _ => None,
+        },
     };
+    if !name.starts_with('/') {
+        return Some(false);
+    }
     // Where the service manager hides parts of the host from the guard, init still sees them.
-    let inits = || proc.join("1/root").join(name.trim_start_matches('/'));
-    name.starts_with('/') && (same(Path::new(name)) || same(&inits()))
+    match same(Path::new(name)) {
+        Some(true) => Some(true),
+        _ => same(&proc.join("1/root").join(name.trim_start_matches('/'))),
+    }
 }
 
 /// A file, and that it has not changed.
@@ -238,10 +246,18 @@ mod tests {
             fs::write(inits.join("hidden").join(name), name).unwrap();
         }
         symlink(inits.join("hidden/program"), proc.join("42/exe")).unwrap();
-        assert!(is_hosts(&proc, 42, "/hidden/program"));
-        assert!(!is_hosts(&proc, 42, "/hidden/other"));
-        assert!(!is_hosts(&proc, 42, "hidden/program"));
-        assert!(!is_hosts(&proc, 43, "/hidden/program"));
+        symlink("loop", inits.join("hidden/loop")).unwrap();
+        for (pid, name, expected) in [
+            (42, "/hidden/program", Some(true)),
+            (42, "/hidden/other", Some(false)),
+            (42, "/hidden/none", Some(false)),
+            (42, "hidden/program", Some(false)),
+            (43, "/hidden/program", Some(false)),
+            // As where the guard has no right to look.
+            (42, "/hidden/loop", None),
+        ] {
+            assert_eq!(is_hosts(&proc, pid, name), expected, "{pid} {name}");
+        }
         fs::remove_dir_all(&proc).unwrap();
     }
 

@@ -1,6 +1,6 @@
 //! How a process came to run: by cron, a timer, a login.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::policy::caller::{Parent, Via};
 
@@ -14,9 +14,9 @@ const TIMERS: [&str; 5] = [
 ];
 
 /// What the ancestors' names and the unit tell.
-pub fn of(parents: &[Parent], unit: Option<&str>, uid: u32) -> Vec<Via> {
+pub fn of(parents: &[Parent], unit: Option<&str>) -> Vec<Via> {
     let mut via: Vec<_> = parents.iter().filter_map(by_name).collect();
-    if unit.is_some_and(|unit| has_timer(unit, uid)) {
+    if unit.is_some_and(has_timer) {
         via.push(Via::Timer);
     }
     via.dedup();
@@ -33,20 +33,22 @@ fn by_name(parent: &Parent) -> Option<Via> {
     }
 }
 
-/// Whether a timer of the same name is there, as it starts a service by default.
-fn has_timer(unit: &str, uid: u32) -> bool {
+/// Whether a timer of the same name is there, as it starts a service by default. Timers of users are not
+/// looked for: they are where the guard must not look, and their services all are `user@UID.service` to it.
+fn has_timer(unit: &str) -> bool {
     let Some(name) = unit.strip_suffix(".service") else {
         return false;
     };
+    // Names that were written in hexadecimal can have any characters, and lead elsewhere.
+    if name.contains('/') {
+        return false;
+    }
     // An instance's timer may be that of the template.
     let template = name.split_once('@').map(|(name, _)| format!("{name}@"));
-    let of_user =
-        ["user", "transient"].map(|kind| PathBuf::from(format!("/run/user/{uid}/systemd/{kind}")));
-    let of_user = of_user.iter().map(PathBuf::as_path);
-    let folders = TIMERS.iter().map(Path::new).chain(of_user);
     let mut names = vec![format!("{name}.timer")];
     names.extend(template.map(|name| format!("{name}.timer")));
-    folders
-        .flat_map(|folder| names.iter().map(move |name| folder.join(name)))
+    TIMERS
+        .iter()
+        .flat_map(|folder| names.iter().map(move |name| Path::new(folder).join(name)))
         .any(|timer| timer.exists())
 }

@@ -10,7 +10,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// What is needed after the start: to read the maps (`bpf(2)` asks for it at every call where
 /// `kernel.unprivileged_bpf_disabled` is set, before Linux 6.0), to read other processes'
-/// executables, and to remove the listener's addresses at the end.
+/// executables, and to remove the listener's addresses at the end. Not `CAP_DAC_READ_SEARCH`: of programs that
+/// only their owner can reach the guard knows nothing for certain, and in return nobody reads every file by it.
 const KEPT: [Capability; 3] = [
     Capability::CAP_BPF,
     Capability::CAP_SYS_PTRACE,
