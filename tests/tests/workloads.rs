@@ -14,7 +14,7 @@ use imds_guard::{
 use imds_guard_tests::{Sandbox, docker::Docker, lab, python, run};
 use serde_json::{Value, json};
 
-use crate::{GUARD, INSTANCE_ID_PATH};
+use crate::{GUARD, INSTANCE_ID_PATH, rules};
 
 /// A rule on an image is about what docker says that a container was made of.
 #[test]
@@ -233,21 +233,7 @@ fn rules_on_pods_follow_what_kubernetes_says() {
     .unwrap();
     let guard = Guard::spawn(&mut lab.guard_command(GUARD)).unwrap();
     let sandbox = Sandbox { guard, lab };
-    let v1 = |room: &Room| -> (String, Request) {
-        let url = format!("http://169.254.169.254{INSTANCE_ID_PATH}");
-        let output = run(room.command("curl").args([
-            "-s",
-            "--max-time",
-            "20",
-            "-o",
-            "/dev/null",
-            "-w",
-            "%{http_code}",
-            &url,
-        ]));
-        let status = String::from_utf8_lossy(&output.stdout).into_owned();
-        (status, sandbox.request())
-    };
+    let v1 = |room: &Room| rules::v1(&sandbox, &mut room.command("curl"));
     let [shop, test, late, host] = [1, 2, 3, 0].map(|number| match number {
         0 => sandbox.lab.add_room(Place::Host, "no-pod").unwrap(),
         number => room(&sandbox.lab, number),

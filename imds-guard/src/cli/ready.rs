@@ -132,17 +132,16 @@ fn print(readiness: &Readiness) {
         readiness.hosts,
         readiness.events
     );
-    if readiness.v1_denied > 0 {
-        println!(
-            "  {} calls without a session token were refused, and not needed",
-            readiness.v1_denied
-        );
-    }
-    if readiness.v1_upgraded > 0 {
-        println!(
-            "  {} calls without a session token were carried over by the guard: keep it, and its rules",
-            readiness.v1_upgraded
-        );
+    for (calls, what) in [
+        (readiness.v1_denied, "refused, and not needed"),
+        (
+            readiness.v1_upgraded,
+            "carried over by the guard: keep it, and its rules",
+        ),
+    ] {
+        if calls > 0 {
+            println!("  {calls} calls without a session token were {what}");
+        }
     }
     if readiness.hosts == 0 {
         println!("  no host has written events in this time");
