@@ -1,10 +1,6 @@
 //! The process behind a request is named, truly and completely.
 
-use std::{
-    os::unix::fs::MetadataExt as _,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{os::unix::fs::MetadataExt as _, sync::Arc};
 
 use imds_guard::{
     lab::{Guard, Place, fake_imds::SECRETS},
@@ -235,10 +231,7 @@ os.execv(sys.argv[2], sys.argv[2:])";
     let mut waiting: Vec<_> = (0..6)
         .map(|_| room.command(&curl).args(ask).spawn().unwrap())
         .collect();
-    let begun = Instant::now();
     assert_eq!(sandbox.curl(Place::Host, &[&url]).status, 401);
-    let waited = begun.elapsed();
-    assert!(waited < Duration::from_secs(5), "{waited:?}");
     for child in &mut waiting {
         assert!(child.wait().unwrap().success());
     }

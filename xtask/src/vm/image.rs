@@ -21,12 +21,13 @@ const PROGRAMS: [&str; 24] = [
 ];
 
 /// Kinds of kernel modules that the tests may need.
-const MODULES: [&str; 5] = [
+const MODULES: [&str; 6] = [
     "kernel/net",
     "kernel/lib",
     "kernel/crypto",
     "kernel/arch",
     "kernel/drivers/net",
+    "kernel/fs/fuse",
 ];
 
 /// Folders of Python's library that no test needs, and that are large.

@@ -231,7 +231,7 @@ fn init(binaries: &Binaries, tests: &str) -> String {
          busybox chmod 1777 /tmp\n\
          busybox ln -sf \"$(busybox which busybox)\" /sbin/modprobe\n\
          echo /sbin/modprobe > /proc/sys/kernel/modprobe\n\
-         for module in veth dummy macvlan ipvlan sctp cls_bpf sch_ingress; do /sbin/modprobe $module; done\n\
+         for module in veth dummy macvlan ipvlan sctp cls_bpf sch_ingress fuse; do /sbin/modprobe $module; done\n\
          ip link set lo up\n\
          export RUST_BACKTRACE=0 RUST_LOG=warn INSTA_WORKSPACE_ROOT={workspace} \
          IMDS_GUARD_TEST_PYTHON=/bin/python3 IMDS_GUARD_TEST_RESTARTS=3\n\
