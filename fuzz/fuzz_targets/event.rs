@@ -42,7 +42,7 @@ fuzz_target!(|bytes: &[u8]| {
         ..Caller::default()
     };
     let event = Event::now(
-        "host",
+        &"host".into(),
         Kind::Request(Box::new(Request {
             verdict: Verdict::Deny,
             reason: Reason::Malformed,
