@@ -21,8 +21,6 @@ use crate::record::output;
 
 /// How names of logs end, in folders.
 const SUFFIX: &str = ".jsonl";
-/// How they end once they are compressed.
-const COMPRESSED: &str = ".zst";
 
 /// Bytes in a block, more or less.
 const BLOCK: usize = 1024 * 1024;
@@ -117,7 +115,7 @@ impl Log {
     /// A file cannot be read.
     pub fn each_line(&self, mut tell: impl FnMut(&Path, u64, &[u8])) -> io::Result<()> {
         self.each_file(|path, file| {
-            let mut reader = BufReader::with_capacity(BLOCK, plain(path, file)?);
+            let mut reader = BufReader::with_capacity(BLOCK, output::plain(path, file)?);
             let mut line = Vec::new();
             for number in 1.. {
                 line.clear();
@@ -142,7 +140,7 @@ impl Log {
         for mut path in self.older() {
             let mut file = open(&path)?;
             if file.is_none() {
-                path.as_mut_os_string().push(COMPRESSED);
+                path.as_mut_os_string().push(output::COMPRESSED);
                 file = open(&path)?;
             }
             match file {
@@ -218,14 +216,6 @@ fn open(path: &Path) -> io::Result<Option<File>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(named(path, &error)),
     }
-}
-
-/// What is in a file, compressed or not.
-fn plain<'a>(path: &Path, file: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
-    Ok(match path.extension() {
-        Some(extension) if extension == "zst" => Box::new(zstd::Decoder::new(file)?),
-        _ => Box::new(file),
-    })
 }
 
 /// Whether the end of a file is a line that is just being written, or that a crash has cut off.
@@ -317,7 +307,7 @@ fn take_apart(
 ) -> io::Result<()> {
     for log in logs.iter() {
         log.each_file(|path, file| {
-            let mut plain = plain(path, Counted { file, progress })?;
+            let mut plain = output::plain(path, Counted { file, progress })?;
             let mut rest = Vec::new();
             loop {
                 let mut block = empty.try_recv().unwrap_or_default();

@@ -23,7 +23,8 @@ use super::file::held;
 
 /// How hard zstd tries.
 const LEVEL: i32 = 3;
-const COMPRESSED: &str = ".zst";
+/// How the names of compressed files end.
+pub const COMPRESSED: &str = ".zst";
 const UNFINISHED: &str = ".zst.unfinished";
 
 /// A folder, and the log in it.
@@ -245,12 +246,23 @@ pub fn in_names(time: Timestamp) -> String {
 
 /// Reads a file, whether it is compressed or not.
 pub fn read(path: &Path) -> io::Result<Box<dyn io::BufRead>> {
-    let file = File::open(path)?;
-    if path.extension().is_some_and(|it| it == "zst") {
-        let plain = zstd::Decoder::new(file)?;
-        return Ok(Box::new(BufReader::with_capacity(256 * 1024, plain)));
-    }
-    Ok(Box::new(BufReader::with_capacity(256 * 1024, file)))
+    let plain = plain(path, File::open(path)?)?;
+    Ok(Box::new(BufReader::with_capacity(256 * 1024, plain)))
+}
+
+/// What is in a file of this name, whether it is compressed or not.
+///
+/// # Errors
+/// It cannot be decompressed.
+pub fn plain<'a>(path: &Path, file: impl io::Read + 'a) -> io::Result<Box<dyn io::Read + 'a>> {
+    let is_compressed = path
+        .as_os_str()
+        .as_encoded_bytes()
+        .ends_with(COMPRESSED.as_bytes());
+    Ok(match is_compressed {
+        true => Box::new(zstd::Decoder::new(file)?),
+        false => Box::new(file),
+    })
 }
 
 impl Drop for Archive {

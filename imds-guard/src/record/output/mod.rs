@@ -17,7 +17,7 @@ use std::{
     sync::{Arc, atomic::AtomicU64},
 };
 
-pub use archive::{Removed, in_names, read, segments, until};
+pub use archive::{COMPRESSED, Removed, in_names, plain, read, segments, until};
 pub use chain::{Broken, Links, Verified};
 pub use file::{LogFile, Rotation, Sync};
 pub use fold::Fold;
